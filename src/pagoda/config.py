@@ -1,0 +1,301 @@
+"""Every knob, in the one place where it lives: name, default, allowed values and help stand together.
+
+Flags of the command line, `engine.toml`, the documentation and the API's defaults are derived from these frozen
+dataclasses. An unknown name or a value out of range raises `ConfigError`.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from pagoda.errors import ConfigError
+
+KV_POLICIES = ("none", "int8", "int4", "fp8")
+WEIGHT_FORMATS = ("auto", "int4", "int8", "fp8")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+T = TypeVar("T")
+
+
+def knob(
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[Any, ...] | None = None,
+    check: Callable[[Any], bool] | None = None,
+    rule: str = "",
+    parse: Callable[[Any], Any] | None = None,
+    cli: bool = True,
+) -> Any:
+    """A field with its help, its allowed `choices` or its `check` (with the `rule` in words), and how to read it
+    from text or an old spelling (`parse`). `cli=False` keeps it off the command line."""
+    meta = {"help": help, "choices": choices, "check": check, "rule": rule, "parse": parse, "cli": cli}
+    if isinstance(default, (list, dict)):
+        return dataclasses.field(default_factory=lambda: type(default)(default), metadata=meta)
+    return dataclasses.field(default=default, metadata=meta)
+
+
+def _positive(v: Any) -> bool:
+    return isinstance(v, int) and not isinstance(v, bool) and v > 0
+
+
+def _none_or(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda v: v is None or check(v)
+
+
+def _finite(v: Any) -> bool:
+    return isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)
+
+
+def _between(low: float, high: float) -> Callable[[Any], bool]:
+    return lambda v: _finite(v) and low <= v <= high
+
+
+def parse_bool(value: Any) -> bool:
+    """`True/False/1/0/yes/no/on/off` in any case, or a bool."""
+    if isinstance(value, bool):
+        return value
+    text = str(value).strip().lower()
+    if text in ("true", "1", "yes", "on"):
+        return True
+    if text in ("false", "0", "no", "off"):
+        return False
+    raise ConfigError(f"{value!r} is not a boolean: write True or False.")
+
+
+def parse_quant_policy(value: Any) -> str:
+    """A name, or a number in its present meaning (0 none, 4 int4, 8 int8). Workspaces of version 1 translate their own."""
+    names = {0: "none", 4: "int4", 8: "int8"}
+    try:
+        number = int(str(value))
+    except ValueError:
+        return str(value)
+    if number not in names:
+        raise ConfigError(f"quant_policy {value} is unknown: use one of {', '.join(KV_POLICIES)}.")
+    return names[number]
+
+
+class Checked:
+    """Base of the config dataclasses: checks every field on construction, builds from a mapping loudly."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            meta = field.metadata
+            value = getattr(self, field.name)
+            if meta.get("parse") is not None:
+                value = meta["parse"](value)
+                object.__setattr__(self, field.name, value)
+            if meta.get("choices") is not None and value not in meta["choices"]:
+                allowed = ", ".join(map(str, meta["choices"]))
+                raise ConfigError(f"{field.name} is {value!r}: it must be one of {allowed}.")
+            if meta.get("check") is not None and not meta["check"](value):
+                raise ConfigError(f"{field.name} is {value!r}: it must be {meta['rule']}.")
+
+    @classmethod
+    def from_mapping(cls: type[T], values: Mapping[str, Any]) -> T:
+        """Build from names and values; an unknown name raises `ConfigError` that lists the known ones."""
+        known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise ConfigError(f"{cls.__name__} has no field {', '.join(unknown)}: it knows {', '.join(known)}.")
+        return cls(**values)
+
+    def replace(self: T, **changes: Any) -> T:
+        """A copy with some fields changed, checked anew."""
+        return dataclasses.replace(self, **changes)  # type: ignore[type-var]
+
+
+@dataclass(frozen=True)
+class EngineConfig(Checked):
+    """How the engine runs a model. None means: taken from the model, or worked out at start and printed."""
+
+    tp: int = knob(1, "number of devices one model is split over (tensor parallel)", check=_positive, rule="1 or more")
+    session_len: int | None = knob(
+        None,
+        "longest conversation in tokens; default: the model's own, at most 32768",
+        check=_none_or(_positive),
+        rule="1 or more",
+    )
+    max_batch_size: int = knob(64, "requests that run at once", check=_positive, rule="1 or more")
+    cache_max_entry_count: float = knob(
+        0.8,
+        "KV cache: share of the memory that is free after the weights are loaded, or, above 1, a number of blocks",
+        check=lambda v: _finite(v) and v > 0 and (v <= 1 or float(v).is_integer()),
+        rule="a share in (0, 1] or a whole number of blocks above 1",
+    )
+    cache_block_seq_len: int = knob(
+        64,
+        "tokens in one block of the KV cache",
+        check=lambda v: _positive(v) and v >= 8 and (v & (v - 1)) == 0 and v <= 256,
+        rule="a power of two from 8 to 256",
+    )
+    quant_policy: str = knob("none", "number format of the KV cache", choices=KV_POLICIES, parse=parse_quant_policy)
+    weight_format: str = knob(
+        "auto", "auto: as the checkpoint says; else quantize a 16-bit checkpoint while loading", choices=WEIGHT_FORMATS
+    )
+    enable_prefix_caching: bool = knob(
+        True, "share cached blocks between equal beginnings of prompts", parse=parse_bool
+    )
+    dtype: str = knob("auto", "number format of activations and unquantized weights", choices=DTYPES)
+    device: str = knob("auto", "auto, cpu, cuda, or cuda:N")
+    max_prefill_token_num: int = knob(
+        8192, "most tokens one step may compute (longer prompts are cut into chunks)", check=_positive, rule="1 or more"
+    )
+    num_threads: int | None = knob(
+        None,
+        "CPU threads of the engine; default: what the process may use",
+        check=_none_or(_positive),
+        rule="1 or more",
+    )
+    rope_scaling_factor: float = knob(
+        0.0, "1 or more: dynamic NTK scaling of the rotary base by this factor; 0: as the checkpoint says",
+        check=lambda v: v == 0 or (_finite(v) and v >= 1), rule="0, or 1 and above",
+    )  # fmt: skip
+    use_logn_attn: bool | None = knob(
+        None, "scale queries by log of the position beyond the trained length; default: as the checkpoint says",
+        parse=lambda v: None if v is None else parse_bool(v),
+    )  # fmt: skip
+    load_format: str = knob(
+        "safetensors",
+        "where weights come from: safetensors, bin (unpickled with weights_only), or dummy (random)",
+        choices=("safetensors", "bin", "dummy"),
+    )
+    executor: str = knob("local", "how ranks are started: local processes, or Ray actors", choices=("local", "ray"))
+    speculative_ngram: int = knob(
+        0, "prompt-lookup speculation: tokens guessed a step from repeated text; 0: off",
+        check=lambda v: isinstance(v, int) and 0 <= v <= 16, rule="0 to 16",
+    )  # fmt: skip
+    session_ttl: float = knob(
+        3600.0, "seconds after its last turn until an idle session is forgotten", check=lambda v: _finite(v) and v > 0,
+        rule="above 0",
+    )  # fmt: skip
+    max_queued_requests: int | None = knob(
+        None, "requests that may wait; default: four times max_batch_size", check=_none_or(_positive), rule="1 or more"
+    )
+    cuda_graph: bool = knob(True, "replay decode steps as CUDA graphs (GPU only)", parse=parse_bool)
+
+
+@dataclass(frozen=True)
+class GenerationConfig(Checked):
+    """How one reply is generated. None means: the model's `generation_config.json`, else the default stated here."""
+
+    max_new_tokens: int | None = knob(
+        None, "most tokens to generate; default 512, in a chat the rest of the session", check=_none_or(_positive),
+        rule="1 or more",
+    )  # fmt: skip
+    min_new_tokens: int = knob(
+        0, "no end of sequence before this many tokens", check=lambda v: isinstance(v, int) and v >= 0, rule="0 or more"
+    )
+    do_sample: bool | None = knob(
+        None, "False: always the most likely token", parse=lambda v: None if v is None else parse_bool(v)
+    )
+    temperature: float | None = knob(
+        None, "softens (above 1) or sharpens (below 1) the distribution; 0 is greedy", check=_none_or(_between(0, 100)),
+        rule="0 to 100",
+    )  # fmt: skip
+    top_k: int | None = knob(
+        None, "sample among this many most likely tokens; 0: all", check=_none_or(lambda v: isinstance(v, int) and v >= 0),
+        rule="0 or more",
+    )  # fmt: skip
+    top_p: float | None = knob(
+        None, "sample among the most likely tokens that hold this share",
+        check=_none_or(lambda v: _finite(v) and 0 < v <= 1), rule="in (0, 1]",
+    )  # fmt: skip
+    min_p: float | None = knob(
+        None, "drop tokens less likely than this share of the most likely one", check=_none_or(_between(0, 1)),
+        rule="0 to 1",
+    )  # fmt: skip
+    repetition_penalty: float | None = knob(
+        None, "divides (multiplies) positive (negative) scores of tokens seen before; 1: off",
+        check=_none_or(lambda v: _finite(v) and 0 < v <= 100), rule="in (0, 100]",
+    )  # fmt: skip
+    presence_penalty: float = knob(
+        0.0, "taken from the score of a token that was generated before", check=_between(-2, 2), rule="-2 to 2"
+    )
+    frequency_penalty: float = knob(
+        0.0, "taken from a token's score for each time it was generated", check=_between(-2, 2), rule="-2 to 2"
+    )
+    random_seed: int | None = knob(
+        None, "equal seeds give equal replies",
+        check=_none_or(lambda v: isinstance(v, int) and not isinstance(v, bool) and 0 <= v < 2**64),
+        rule="a whole number from 0 to 2^64-1",
+    )  # fmt: skip
+    stop_words: list[str] | None = knob(
+        None, "texts that end the reply; they are not part of it",
+        check=_none_or(lambda v: isinstance(v, (list, tuple)) and len(v) <= 16
+                       and all(isinstance(s, str) and 0 < len(s) <= 256 for s in v)),
+        rule="at most 16 texts of 1 to 256 characters",
+    )  # fmt: skip
+    stop_token_ids: list[int] | None = knob(
+        None, "token ids that end the reply",
+        check=_none_or(lambda v: isinstance(v, (list, tuple)) and len(v) <= 64 and all(isinstance(t, int) and t >= 0 for t in v)),
+        rule="at most 64 token ids",
+    )  # fmt: skip
+    bad_words: list[str] | None = knob(
+        None, "texts that must not be generated",
+        check=_none_or(lambda v: isinstance(v, (list, tuple)) and len(v) <= 64 and all(isinstance(s, str) and s for s in v)),
+        rule="at most 64 non-empty texts",
+    )  # fmt: skip
+    logit_bias: dict[int, float] | None = knob(
+        None, "token id -> number from -100 to 100 added to its score",
+        check=_none_or(lambda v: isinstance(v, dict) and len(v) <= 1024
+                       and all(isinstance(t, int) and t >= 0 and _finite(b) and -100 <= b <= 100 for t, b in v.items())),
+        rule="at most 1024 token ids with numbers from -100 to 100", cli=False,
+    )  # fmt: skip
+    ignore_eos: bool = knob(False, "go on after the end of sequence, up to max_new_tokens", parse=parse_bool)
+    skip_special_tokens: bool = knob(True, "leave special tokens out of the text", parse=parse_bool)
+    logprobs: int | None = knob(
+        None, "log-probabilities of the chosen token (0) and of this many most likely ones; default: none",
+        check=_none_or(lambda v: isinstance(v, int) and not isinstance(v, bool) and 0 <= v <= 20), rule="0 to 20",
+    )  # fmt: skip
+    prompt_logprobs: int | None = knob(
+        None, "the same for the tokens of the prompt",
+        check=_none_or(lambda v: isinstance(v, int) and not isinstance(v, bool) and 0 <= v <= 20), rule="0 to 20",
+        cli=False,
+    )  # fmt: skip
+    response_format: dict[str, Any] | None = knob(
+        None, "grammar: {type: json_object}, {type: json_schema, json_schema: ...}, {type: regex, regex: ...}, "
+        "{type: choice, choices: [...]} or {type: grammar, grammar: ...}", cli=False,
+    )  # fmt: skip
+    priority: int = knob(
+        0, "requests with a lower number run first", check=lambda v: isinstance(v, int) and abs(v) < 2**31,
+        rule="a whole number", cli=False,
+    )  # fmt: skip
+    cache_salt: str | None = knob(
+        None, "requests share cached blocks only with requests of the same salt", check=_none_or(lambda v: isinstance(v, str)),
+        rule="a text", cli=False,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ServeConfig(Checked):
+    """How the API server listens, and what it refuses."""
+
+    server_name: str = knob("127.0.0.1", "address to listen on; 0.0.0.0 for all")
+    server_port: int = knob(23333, "port to listen on; 0: any free one", check=_between(0, 65535), rule="0 to 65535")
+    model_name: str | None = knob(None, "name under which the model is listed; default: its folder's name")
+    api_keys: list[str] | None = knob(
+        None, "keys that clients must send; also read from PAGODA_API_KEYS or a file: @PATH"
+    )
+    allow_origins: list[str] | None = knob(None, "origins that browsers may call from (CORS); default: none")
+    ssl_certfile: str | None = knob(None, "TLS certificate file")
+    ssl_keyfile: str | None = knob(None, "TLS key file")
+    log_level: str = knob("info", "least severe messages shown", choices=("debug", "info", "warning", "error"))
+    max_log_len: int = knob(0, "characters of each prompt to log; 0: none", check=lambda v: v >= 0, rule="0 or more")
+    max_body_bytes: int = knob(8 << 20, "largest request body", check=_positive, rule="1 or more")
+    max_concurrent_per_key: int = knob(
+        0, "requests one key may have open; 0: no limit", check=lambda v: v >= 0, rule="0 or more"
+    )
+    num_http_workers: int = knob(1, "HTTP processes in front of one engine", check=_positive, rule="1 or more")
+    drain_seconds: float = knob(30.0, "time open requests get after SIGTERM", check=_between(0, 3600), rule="0 to 3600")
+    queue_seconds: float = knob(
+        60.0, "longest wait of a request in the queue", check=_between(0, 86400), rule="0 to 86400"
+    )
+    request_seconds: float = knob(1800.0, "longest life of a request", check=_between(1, 86400), rule="1 to 86400")
+    tool_call_parser: str | None = knob(None, "how the model writes tool calls; default: by the model's family")
+    reasoning_parser: str | None = knob(None, "how the model marks its reasoning; default: by its template")
+
+
+TurbomindEngineConfig = EngineConfig
