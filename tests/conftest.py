@@ -1,0 +1,18 @@
+"""Fixtures for every room."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real reference files (beside the checkout, or PAGODA_TEST_DATA); tests that need it skip without."""
+    folder = Path(os.environ.get("PAGODA_TEST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+    if not (folder / "README.md").exists():
+        pytest.skip("the reference data folder is not here")
+    return folder
