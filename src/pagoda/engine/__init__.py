@@ -1,0 +1,1 @@
+"""The engine: requests of token ids become token ids. Strings live above, in `text/`."""

@@ -1,0 +1,77 @@
+"""What enters and leaves the engine: plain structs that cross process borders as msgpack."""
+
+from typing import Literal
+
+from msgspec import Struct
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+class SamplingParams(Struct, frozen=True, omit_defaults=True):
+    """How the tokens of one request are chosen. The client has checked every value against `GenerationConfig`
+    and every token id against the width of the logits.
+
+    The order of the filters is that of `engine/sampler.py`. `temperature` 0 is greedy. `stop_ids` includes the end of
+    sequence ids unless they are ignored; at most 64. `min_tokens` counts generated tokens before which no stop id can
+    be chosen. `logprobs` None: none; 0: the chosen token's; n: also the n most likely. `prompt_logprobs` alike.
+    `grammar` is a grammar serialised by `text/grammar.py`. `seed` is set by the client, from 0 to 2^64-1.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int = 0
+    max_tokens: int = 512
+    min_tokens: int = 0
+    stop_ids: tuple[int, ...] = ()
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    logit_bias: dict[int, float] = {}
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    grammar: str | None = None
+
+
+class EngineRequest(Struct):
+    """One turn. `prompt_ids` has at least one id; with a `session_id` it is only the new text, which continues the
+    session's history. `priority`: lower numbers run first. Blocks of the cache are shared among equal `salt`s only.
+    `arrival` is `time.monotonic()` at the client. `id` is made by the client and unique among live requests."""
+
+    id: str
+    prompt_ids: list[int]
+    params: SamplingParams = SamplingParams()
+    session_id: str | None = None
+    priority: int = 0
+    salt: str = ""
+    arrival: float = 0.0
+
+
+class TokenLogprobs(Struct):
+    """Log-probabilities (natural logarithm) at one position: of the token itself and of the most likely ones, best
+    first. They are of the model's own logits, before penalties, bias and temperature."""
+
+    token: int
+    logprob: float
+    top: list[tuple[int, float]] = []
+
+
+class Output(Struct, omit_defaults=True):
+    """News of one request. Every request gets exactly one output with a `finish_reason`, and none after it.
+
+    `token_ids` are new ones; a stop token is not among them, it is `stop_id`. `logprobs` stands beside `token_ids`.
+    `prompt_logprobs` (once, with the first token): one entry for each token of the prompt, None for the first, which
+    nothing predicts. `num_prompt_tokens` includes the session's history; `num_cached_tokens` of them were not computed.
+    """
+
+    id: str
+    token_ids: list[int] = []
+    logprobs: list[TokenLogprobs] | None = None
+    finish_reason: FinishReason | None = None
+    stop_id: int | None = None
+    error: str | None = None
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
