@@ -41,6 +41,10 @@ def _positive(v: Any) -> bool:
     return isinstance(v, int) and not isinstance(v, bool) and v > 0
 
 
+def _natural(v: Any) -> bool:
+    return isinstance(v, int) and not isinstance(v, bool) and v >= 0
+
+
 def _none_or(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda v: v is None or check(v)
 
@@ -66,7 +70,7 @@ def parse_bool(value: Any) -> bool:
 
 
 def parse_quant_policy(value: Any) -> str:
-    """A name, or a number in its present meaning (0 none, 4 int4, 8 int8). Workspaces of version 1 translate their own."""
+    """A name, or a number in its present meaning (0 none, 4 int4, 8 int8); version 1 workspaces translate their own."""
     names = {0: "none", 4: "int4", 8: "int8"}
     try:
         number = int(str(value))
@@ -133,7 +137,7 @@ class EngineConfig(Checked):
     )
     quant_policy: str = knob("none", "number format of the KV cache", choices=KV_POLICIES, parse=parse_quant_policy)
     weight_format: str = knob(
-        "auto", "auto: as the checkpoint says; else quantize a 16-bit checkpoint while loading", choices=WEIGHT_FORMATS
+        "auto", "auto: as the checkpoint says; else quantize a 16-bit one while loading", choices=WEIGHT_FORMATS
     )
     enable_prefix_caching: bool = knob(
         True, "share cached blocks between equal beginnings of prompts", parse=parse_bool
@@ -145,7 +149,7 @@ class EngineConfig(Checked):
     )
     num_threads: int | None = knob(
         None,
-        "CPU threads of the engine; default: what the process may use",
+        "CPU threads; default: what the process may use",
         check=_none_or(_positive),
         rule="1 or more",
     )
@@ -196,8 +200,8 @@ class GenerationConfig(Checked):
         rule="0 to 100",
     )  # fmt: skip
     top_k: int | None = knob(
-        None, "sample among this many most likely tokens; 0: all", check=_none_or(lambda v: isinstance(v, int) and v >= 0),
-        rule="0 or more",
+        None, "sample among this many most likely tokens; 0: all",
+        check=_none_or(lambda v: isinstance(v, int) and v >= 0), rule="0 or more",
     )  # fmt: skip
     top_p: float | None = knob(
         None, "sample among the most likely tokens that hold this share",
@@ -230,18 +234,20 @@ class GenerationConfig(Checked):
     )  # fmt: skip
     stop_token_ids: list[int] | None = knob(
         None, "token ids that end the reply",
-        check=_none_or(lambda v: isinstance(v, (list, tuple)) and len(v) <= 64 and all(isinstance(t, int) and t >= 0 for t in v)),
+        check=_none_or(lambda v: isinstance(v, (list, tuple)) and len(v) <= 64
+                       and all(isinstance(t, int) and t >= 0 for t in v)),
         rule="at most 64 token ids",
     )  # fmt: skip
     bad_words: list[str] | None = knob(
         None, "texts that must not be generated",
-        check=_none_or(lambda v: isinstance(v, (list, tuple)) and len(v) <= 64 and all(isinstance(s, str) and s for s in v)),
+        check=_none_or(lambda v: isinstance(v, (list, tuple)) and len(v) <= 64
+                       and all(isinstance(s, str) and s for s in v)),
         rule="at most 64 non-empty texts",
     )  # fmt: skip
     logit_bias: dict[int, float] | None = knob(
         None, "token id -> number from -100 to 100 added to its score",
         check=_none_or(lambda v: isinstance(v, dict) and len(v) <= 1024
-                       and all(isinstance(t, int) and t >= 0 and _finite(b) and -100 <= b <= 100 for t, b in v.items())),
+                       and all(isinstance(t, int) and t >= 0 and _finite(b) and abs(b) <= 100 for t, b in v.items())),
         rule="at most 1024 token ids with numbers from -100 to 100", cli=False,
     )  # fmt: skip
     ignore_eos: bool = knob(False, "go on after the end of sequence, up to max_new_tokens", parse=parse_bool)
@@ -264,8 +270,8 @@ class GenerationConfig(Checked):
         rule="a whole number", cli=False,
     )  # fmt: skip
     cache_salt: str | None = knob(
-        None, "requests share cached blocks only with requests of the same salt", check=_none_or(lambda v: isinstance(v, str)),
-        rule="a text", cli=False,
+        None, "requests share cached blocks only with requests of the same salt",
+        check=_none_or(lambda v: isinstance(v, str)), rule="a text", cli=False,
     )  # fmt: skip
 
 
@@ -276,14 +282,12 @@ class ServeConfig(Checked):
     server_name: str = knob("127.0.0.1", "address to listen on; 0.0.0.0 for all")
     server_port: int = knob(23333, "port to listen on; 0: any free one", check=_between(0, 65535), rule="0 to 65535")
     model_name: str | None = knob(None, "name under which the model is listed; default: its folder's name")
-    api_keys: list[str] | None = knob(
-        None, "keys that clients must send; also read from PAGODA_API_KEYS or a file: @PATH"
-    )
+    api_keys: list[str] | None = knob(None, "keys that clients must send, or @PATH of a file; also PAGODA_API_KEYS")
     allow_origins: list[str] | None = knob(None, "origins that browsers may call from (CORS); default: none")
     ssl_certfile: str | None = knob(None, "TLS certificate file")
     ssl_keyfile: str | None = knob(None, "TLS key file")
     log_level: str = knob("info", "least severe messages shown", choices=("debug", "info", "warning", "error"))
-    max_log_len: int = knob(0, "characters of each prompt to log; 0: none", check=lambda v: v >= 0, rule="0 or more")
+    max_log_len: int = knob(0, "characters of each prompt to log; 0: none", check=_natural, rule="0 or more")
     max_body_bytes: int = knob(8 << 20, "largest request body", check=_positive, rule="1 or more")
     max_concurrent_per_key: int = knob(
         0, "requests one key may have open; 0: no limit", check=lambda v: v >= 0, rule="0 or more"
