@@ -1,0 +1,1 @@
+"""One operation a file: contract, reference in plain torch, kernel, door."""

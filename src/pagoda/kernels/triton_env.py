@@ -1,0 +1,46 @@
+"""Triton where there is Triton. A CPU build of torch comes without it, so kernels import `triton`, `tl` and `jit` from
+here: without the package a kernel can be defined but not launched, and the doors never try (`HAS_TRITON`).
+"""
+
+import os
+from typing import Any
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+class _Absent:
+    """Stands for a module that is not installed: any attribute exists (annotations need `tl.constexpr`), none can be
+    called.
+    """
+
+    def __getattr__(self, name: str) -> "_Absent":
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self
+
+
+def _inert_jit(fn=None, **options):
+    """The decorator without Triton: keeps the name, launches nothing."""
+    return _Absent() if fn is not None else lambda f: _Absent()
+
+
+triton: Any
+tl: Any
+jit: Any
+gdc_wait: Any
+gdc_launch_dependents: Any
+try:
+    import triton
+    import triton.language as tl
+    from triton import jit
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+    HAS_TRITON = True
+except ImportError:
+    triton = tl = gdc_wait = gdc_launch_dependents = _Absent()
+    jit = _inert_jit
+    HAS_TRITON = False
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()

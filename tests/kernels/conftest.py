@@ -1,0 +1,11 @@
+"""Where kernel tests run: on the GPU, or in Triton's interpreter, which tests/conftest.py switches on without one."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """The GPU, or the CPU under the interpreter. Skips where there is no Triton."""
+    pytest.importorskip("triton")
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
