@@ -1,0 +1,59 @@
+"""The ranks that share one model: what they exchange, and nothing else."""
+
+import datetime
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+JOIN_TIMEOUT = datetime.timedelta(seconds=120)
+
+
+class Group:
+    """`size` ranks of one model; this process is number `rank`. Alone (`Group.single()`), every exchange is a no-op."""
+
+    def __init__(self, rank: int = 0, size: int = 1, ranks: dist.ProcessGroup | None = None):
+        assert 0 <= rank < size and (size == 1 or ranks is not None)
+        self.rank = rank
+        self.size = size
+        self._ranks = ranks
+
+    @classmethod
+    def single(cls) -> "Group":
+        return cls()
+
+    @classmethod
+    def join(cls, rank: int, size: int, address: str, device: torch.device) -> "Group":
+        """Meet the other ranks at `address` (`tcp://host:port`, where rank 0 listens, or `file://` and a path that
+        all see); NCCL on a GPU, gloo on a CPU. Blocks until all `size` are there, at most two minutes."""
+        if size == 1:
+            return cls.single()
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, init_method=address, rank=rank, world_size=size, timeout=JOIN_TIMEOUT)
+        return cls(rank, size, dist.group.WORLD)
+
+    def all_reduce_(self, x: Tensor) -> Tensor:
+        """Sum over the ranks, in place; every rank gets the same bits."""
+        if self.size > 1:
+            dist.all_reduce(x, group=self._ranks)
+        return x
+
+    def all_gather(self, x: Tensor, dim: int = -1) -> Tensor:
+        """The ranks' tensors (equal shapes) side by side along `dim`, in the order of the ranks."""
+        if self.size == 1:
+            return x
+        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(self.size)]
+        dist.all_gather(parts, x.contiguous(), group=self._ranks)
+        return torch.cat(parts, dim)
+
+    def broadcast_(self, x: Tensor, source: int = 0) -> Tensor:
+        """Overwrite `x` on every rank by that of rank `source`."""
+        if self.size > 1:
+            dist.broadcast(x, source, group=self._ranks)
+        return x
+
+    def close(self) -> None:
+        """Leave the group; exchanges are an error from here on."""
+        if self.size > 1 and self._ranks is not None:
+            self._ranks = None
+            dist.destroy_process_group()
