@@ -1,65 +1,22 @@
 """Who computes what in the next step: a token budget handed out over slots, as plain data."""
 
+import time
+from bisect import insort
+from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from heapq import heappop, heappush
+from typing import NamedTuple
 
 from msgspec import Struct
 
-from pagoda.engine.request import SamplingParams, TokenLogprobs
-
-
-class SlotInit(Struct):
-    """A slot gets a new tenant, before this step's rows run.
-
-    `history` is prompt + tokens generated so far (for penalties and bad words; `len(history) - num_prompt` tokens were
-    generated, so sampling goes on at that count after a preemption). `rope_len` is the length of the prompt at the
-    first admission: it decides the rope variant for the request's whole life.
-    """
-
-    slot: int
-    id: str
-    params: SamplingParams
-    history: list[int]
-    num_prompt: int
-    rope_len: int
-
-
-class Row(Struct):
-    """`num_tokens` positions of one slot, from `start` on, whose keys and values this step computes.
-
-    `tokens` None: one token, the slot's last sampled one, which may still be only on the device. `samples`: the row's
-    last position yields a token. `prompt_logprobs`: the row must report those of the prompt's tokens start+1 ..
-    min(start+num_tokens, num_prompt-1), which its positions predict.
-    """
-
-    slot: int
-    start: int
-    num_tokens: int = 1
-    tokens: list[int] | None = None
-    samples: bool = True
-    prompt_logprobs: bool = False
-
-
-class Schedule(Struct):
-    """One step. Apply in this order: `freed` slots, `inits`, `block_updates` (slot, index in the slot's table, block),
-    then run `rows`: those with `tokens` None first. `needs_masks`: a row that samples belongs to a request with a
-    grammar (all its earlier tokens have been digested)."""
-
-    step: int
-    rows: list[Row]
-    inits: list[SlotInit] = []
-    block_updates: list[tuple[int, int, int]] = []
-    freed: list[int] = []
-    needs_masks: bool = False
-
-
-class StepResult(Struct):
-    """What a step yields: `tokens` and `logprobs` (None where not asked) stand beside the rows that sample, in the
-    order of `Schedule.rows`; `prompt_logprobs` by slot; `errors` by slot end a request (sentence for the client)."""
-
-    tokens: list[int]
-    logprobs: list[TokenLogprobs | None] | None = None
-    prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
-    errors: dict[int, str] = {}
+from pagoda.engine.blocks import BlockPool
+from pagoda.engine.metrics import Counters, EngineStats
+from pagoda.engine.prefix import PrefixCache
+from pagoda.engine.request import EngineRequest, FinishReason, Output, TokenLogprobs
+from pagoda.engine.schedule import Row, Schedule, SlotInit, StepResult
+from pagoda.engine.sessions import Sessions
+from pagoda.errors import OverloadedError, PagodaError, PromptTooLongError, RequestError
 
 
 class SchedulerConfig(Struct, frozen=True):
@@ -74,3 +31,338 @@ class SchedulerConfig(Struct, frozen=True):
     prefix_caching: bool = True
     max_queued: int = 256
     cache_variant: Callable[[int], int] = lambda _: 0
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A live request: waiting (slot -1) or running. `tokens` is the prompt with its session's history, then what was
+    generated and digested; `num_computed` positions and `pending` sampled tokens are launched, digested or not."""
+
+    request: EngineRequest
+    order: tuple[int, int]  # priority, then arrival: the smallest runs first, the largest is preempted first
+    tokens: list[int]
+    num_prompt: int
+    limit: int  # most tokens, the prompt included
+    root: bytes  # of the names of its blocks
+    names: list[bytes] = field(default_factory=list)
+    blocks: list[int] = field(default_factory=list)
+    slot: int = -1
+    num_computed: int = 0
+    num_named: int = 0  # blocks of the table that the prefix cache was told of
+    pending: int = 0
+    sampled: bool = False  # the slot's last token lies on the device: from now on one token a step
+    epoch: int = 0  # rows launched in an earlier epoch are void
+    num_cached: int | None = None  # at the first admission
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    last_output: float = 0.0
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Log-probabilities of the prompt are still owed."""
+        return self.request.params.prompt_logprobs is not None and len(self.tokens) == self.num_prompt
+
+
+class Launched(NamedTuple):
+    seq: Sequence
+    epoch: int
+    slot: int
+    end: int  # positions computed after the row
+    samples: bool
+
+
+class Scheduler:
+    """Requests in, schedules out, results in, outputs out. Not thread-safe; never blocks; imports no torch.
+
+    `schedule()` may run ahead: it plans step n+1, n+2 while the results of step n are still on the way, and `digest`
+    takes the results in the order of the steps. What an in-flight row of a request that has ended or was preempted
+    yields is thrown away. Its writes are harmless: see `BlockPool`.
+    """
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        sessions: Sessions | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self.config, self.clock = config, clock
+        self.sessions = sessions or Sessions(clock=clock)
+        self.cache = PrefixCache(config.block_len)
+        self.pool = BlockPool(config.num_blocks, self.cache)
+        self.max_len = min(config.session_len, self.pool.num_blocks * config.block_len)
+        self.counters = Counters()
+        self._live: dict[str, Sequence] = {}
+        self._waiting: list[Sequence] = []  # both lists are sorted by `order`
+        self._running: list[Sequence] = []
+        self._slots = list(range(config.max_batch_size))
+        self._freed: list[int] = []  # slots that the device has not been told of
+        self._flights: deque[tuple[int, list[Launched]]] = deque()
+        self._num_steps = 0
+        self._num_added = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._live)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    # ---- requests ----------------------------------------------------------------------------------------------
+
+    def add(self, request: EngineRequest) -> None:
+        """Queue a request. Raises `RequestError`, `PromptTooLongError`, `SessionBusyError` or `OverloadedError`,
+        having changed nothing."""
+        try:
+            self._add(request)
+        except PagodaError:
+            self.counters.refused += 1
+            raise
+
+    def _add(self, request: EngineRequest) -> None:
+        params, session_id = request.params, request.session_id
+        if request.id in self._live:
+            raise RequestError(f"The request id {request.id!r} is in use: choose another.", "id")
+        if params.max_tokens < 1:
+            raise RequestError(f"max_tokens is {params.max_tokens}: it must be 1 or more.", "max_tokens")
+        if len(self._waiting) >= self.config.max_queued:
+            raise OverloadedError(f"{len(self._waiting)} requests wait already, the most allowed: try again later.")
+        self.sessions.expire()
+        history = self.sessions.tokens(session_id) if session_id is not None else []
+        tokens = history + request.prompt_ids
+        if not request.prompt_ids:
+            raise RequestError("The prompt is empty: send at least one token.", "prompt")
+        if len(tokens) + 1 > self.max_len:
+            raise PromptTooLongError(_too_long(len(history), len(request.prompt_ids), self.max_len), "prompt")
+        if session_id is not None:
+            self.sessions.begin(session_id, request.id)
+        limit = min(len(tokens) + params.max_tokens, self.max_len)
+        root = self.cache.root(request.salt, self.config.cache_variant(len(tokens)))
+        self._num_added += 1
+        seq = Sequence(request, (request.priority, self._num_added), tokens, len(tokens), limit, root)
+        self._live[request.id] = seq
+        insort(self._waiting, seq, key=_order)
+
+    def abort(self, request_id: str, keep_tokens: int | None = None) -> Output | None:
+        """End a request in whatever state it is, and return its last output; None if there is no such request (any
+        more). Its session keeps exactly `keep_tokens` of the generated tokens (what the client received), or nothing
+        of the turn when None. For a turn that has just ended by itself `keep_tokens` still holds."""
+        seq = self._live.get(request_id)
+        if seq is not None:
+            return self._finish(seq, Output(request_id), "abort", keep_tokens)
+        if keep_tokens is not None:
+            self.sessions.trim(request_id, keep_tokens)
+        return None
+
+    def fail_running(self, message: str) -> list[Output]:
+        """The device lost its steps in flight: end every running request with an error. Waiting ones stay."""
+        self._flights.clear()
+        return [self._finish(seq, Output(seq.request.id, error=message), "error") for seq in list(self._running)]
+
+    # ---- steps -------------------------------------------------------------------------------------------------
+
+    def schedule(self) -> Schedule | None:
+        """Plan the next step: decode rows, then prompts under way, then new ones. None if there is nothing to
+        compute until a result is digested or a request arrives."""
+        plan, launched, budget = Schedule(self._num_steps, []), [], self.config.max_step_tokens
+        num_preemptions = self.counters.preemptions
+        for seq in list(self._running):
+            if budget and self._may_decode(seq) and self._grow(seq, plan):
+                budget -= self._launch(seq, 1, plan, launched)
+        for seq in list(self._running):
+            if budget and not seq.sampled:
+                budget -= self._launch(seq, min(budget, len(seq.tokens) - seq.num_computed), plan, launched)
+        while budget and num_preemptions == self.counters.preemptions and (seq := self._admit(plan)) is not None:
+            budget -= self._launch(seq, min(budget, len(seq.tokens) - seq.num_computed), plan, launched)
+        if not plan.rows:
+            return None
+        plan.freed, self._freed = self._freed, []
+        self._flights.append((plan.step, launched))
+        self._num_steps += 1
+        self.counters.steps += 1
+        self.counters.step_tokens += self.config.max_step_tokens - budget
+        return plan
+
+    def digest(self, schedule: Schedule, result: StepResult) -> list[Output]:
+        """Take the result of the oldest step in flight; the outputs are its news for the clients."""
+        step, launched = self._flights.popleft()
+        assert step == schedule.step, "results must come in the order of the steps"
+        now, outputs, sampled = self.clock(), [], 0
+        for row in launched:
+            at, sampled = sampled, sampled + row.samples
+            if row.epoch == row.seq.epoch:
+                output = self._advance(row, result, at, now)
+                if output is not None:
+                    outputs.append(output)
+        assert sampled == len(result.tokens), "one token for each row that samples"
+        return outputs
+
+    def stats(self) -> EngineStats:
+        pool = self.pool
+        return EngineStats(
+            self.num_running,
+            self.num_waiting,
+            len(self.sessions),
+            pool.num_blocks,
+            pool.num_blocks - pool.num_free,
+            len(self.cache),
+            self.counters,
+        )
+
+    # ---- parts of a step ---------------------------------------------------------------------------------------
+
+    def _may_decode(self, seq: Sequence) -> bool:
+        """It has a last token on the device, room for one more, and was not preempted in this very step. A grammar
+        must have seen every token."""
+        room = len(seq.tokens) + seq.pending < seq.limit
+        return seq.sampled and room and not (seq.pending and seq.request.params.grammar is not None)
+
+    def _grow(self, seq: Sequence, plan: Schedule) -> bool:
+        """A block for the next position. If none is free the youngest are preempted; False: it was itself the one."""
+        index = seq.num_computed // self.config.block_len
+        while index >= len(seq.blocks):
+            blocks = self.pool.allocate(1)
+            if blocks is not None:
+                plan.block_updates.append((seq.slot, index, blocks[0]))
+                seq.blocks += blocks
+                continue
+            victim = self._running[-1]
+            self._preempt(victim)
+            if victim is seq:
+                return False
+        return True
+
+    def _admit(self, plan: Schedule) -> Sequence | None:
+        """The first waiting request gets a slot, the cached blocks of its beginning and new ones for all of its
+        tokens, or nobody does. A hundredth of the pool stays free for the growth of those that run."""
+        if not self._waiting or not self._slots:
+            return None
+        seq, block_len = self._waiting[0], self.config.block_len
+        hits: list[int] = []
+        if self.config.prefix_caching and not seq.scores_prompt:
+            hits = self.cache.match(seq.names, seq.root, seq.tokens, (len(seq.tokens) - 1) // block_len)
+        self.pool.acquire(hits)
+        need = -(-len(seq.tokens) // block_len) - len(hits)
+        reserve = self.pool.num_blocks // 100 if self._running else 0
+        blocks = self.pool.allocate(need) if need + reserve <= self.pool.num_free else None
+        if blocks is None:
+            self.pool.release(hits)
+            return None
+        del self._waiting[0]
+        insort(self._running, seq, key=_order)
+        seq.slot, seq.blocks = heappop(self._slots), hits + blocks
+        seq.num_computed, seq.num_named = len(hits) * block_len, len(hits)
+        self._count_admission(seq)
+        params, request_id = seq.request.params, seq.request.id
+        plan.inits.append(SlotInit(seq.slot, request_id, params, list(seq.tokens), seq.num_prompt, seq.num_prompt))
+        plan.block_updates += [(seq.slot, i, block) for i, block in enumerate(seq.blocks)]
+        return seq
+
+    def _launch(self, seq: Sequence, num_tokens: int, plan: Schedule, launched: list[Launched]) -> int:
+        start, end = seq.num_computed, seq.num_computed + num_tokens
+        tokens = None if seq.sampled else seq.tokens[start:end]
+        samples = seq.sampled or end == len(seq.tokens)
+        scores = seq.scores_prompt and not seq.sampled and start < seq.num_prompt - 1
+        plan.rows.append(Row(seq.slot, start, num_tokens, tokens, samples, scores))
+        plan.needs_masks |= samples and seq.request.params.grammar is not None
+        launched.append(Launched(seq, seq.epoch, seq.slot, end, samples))
+        seq.num_computed = end
+        seq.pending += samples
+        seq.sampled = samples
+        return num_tokens
+
+    def _advance(self, row: Launched, result: StepResult, at: int, now: float) -> Output | None:
+        """What one row's result means for its request."""
+        seq, params = row.seq, row.seq.request.params
+        output = Output(seq.request.id)
+        if row.slot in result.errors:
+            output.error = result.errors[row.slot]
+            return self._finish(seq, output, "error")
+        if seq.scores_prompt:
+            seq.prompt_logprobs = (seq.prompt_logprobs or [None]) + result.prompt_logprobs.get(row.slot, [])
+        if self.config.prefix_caching:
+            for i in range(seq.num_named, row.end // self.config.block_len):
+                self.cache.put(seq.blocks[i], i, seq.names, seq.root, seq.tokens)
+                seq.num_named = i + 1
+        if not row.samples:
+            return None
+        seq.pending -= 1
+        if len(seq.tokens) == seq.num_prompt:
+            output.num_prompt_tokens, output.num_cached_tokens = seq.num_prompt, seq.num_cached or 0
+            output.prompt_logprobs = seq.prompt_logprobs
+        self._count_token(seq, now)
+        token = result.tokens[at]
+        if token in params.stop_ids and len(seq.tokens) - seq.num_prompt >= params.min_tokens:
+            output.stop_id = token
+            return self._finish(seq, output, "stop", len(seq.tokens))
+        seq.tokens.append(token)
+        output.token_ids = [token]
+        if params.logprobs is not None and result.logprobs is not None and result.logprobs[at] is not None:
+            output.logprobs = [result.logprobs[at]]
+        return self._finish(seq, output, "length", len(seq.tokens)) if len(seq.tokens) == seq.limit else output
+
+    # ---- ends --------------------------------------------------------------------------------------------------
+
+    def _finish(self, seq: Sequence, output: Output, reason: FinishReason, keep_tokens: int | None = None) -> Output:
+        """The one place where a request ends."""
+        if seq.slot >= 0:
+            self._vacate(seq)
+        else:
+            self._waiting.remove(seq)
+        del self._live[seq.request.id]
+        if seq.request.session_id is not None:
+            kept = None if keep_tokens is None else seq.tokens[: seq.num_prompt + max(0, keep_tokens)]
+            self.sessions.end(seq.request.session_id, seq.request.id, kept, seq.num_prompt)
+        self.counters.finished[reason] += 1
+        output.finish_reason = reason
+        return output
+
+    def _preempt(self, seq: Sequence) -> None:
+        """Back to the queue with its tokens; sampled tokens in flight are void and will be sampled again, equal."""
+        self._vacate(seq)
+        seq.num_computed = seq.num_named = seq.pending = 0
+        seq.sampled = False
+        if seq.scores_prompt:
+            seq.prompt_logprobs = None
+        insort(self._waiting, seq, key=_order)
+        self.counters.preemptions += 1
+
+    def _vacate(self, seq: Sequence) -> None:
+        self._running.remove(seq)
+        self.pool.release(seq.blocks)
+        self._freed.append(seq.slot)
+        heappush(self._slots, seq.slot)
+        seq.slot, seq.blocks = -1, []
+        seq.epoch += 1
+
+    # ---- counting ----------------------------------------------------------------------------------------------
+
+    def _count_admission(self, seq: Sequence) -> None:
+        self.counters.prompt_tokens += len(seq.tokens)
+        self.counters.cached_tokens += seq.num_computed
+        if seq.num_cached is None:
+            seq.num_cached = seq.num_computed
+            self.counters.queue_time.add(self.clock() - seq.request.arrival)
+
+    def _count_token(self, seq: Sequence, now: float) -> None:
+        self.counters.generated_tokens += 1
+        if len(seq.tokens) == seq.num_prompt:
+            self.counters.first_token_time.add(now - seq.request.arrival)
+        else:
+            self.counters.inter_token_time.add(now - seq.last_output)
+        seq.last_output = now
+
+
+def _order(seq: Sequence) -> tuple[int, int]:
+    return seq.order
+
+
+def _too_long(num_history: int, num_prompt: int, max_len: int) -> str:
+    history = f", after {num_history} of the session's history," if num_history else ""
+    return (
+        f"The prompt has {num_prompt} tokens{history} but a session holds {max_len} and needs room for one more: "
+        "shorten the prompt, or raise session_len and the size of the cache."
+    )

@@ -1,0 +1,158 @@
+"""Conversations that the engine remembers: token ids, one turn at a time.
+
+A session's claim on cached blocks is nothing but the prefix cache: the blocks of its last turn were released last, so
+they are evicted last, and history that was evicted is computed anew. A session holds its prompts and exactly the
+tokens that the client received; a stop token was not received, so the next turn's text begins with the mark that
+closes the answer, whatever ended it.
+"""
+
+import os
+import time
+from array import array
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+
+import msgspec
+from msgspec import Struct
+
+from pagoda.errors import SessionBusyError, UsageError
+
+VERSION = 1
+
+
+class SessionInfo(Struct):
+    """`num_tokens` of history; `idle` seconds since the last turn began or ended; `busy`: a turn is running."""
+
+    id: str
+    num_tokens: int
+    idle: float
+    busy: bool
+
+
+class SavedSessions(Struct):
+    """The file format: msgpack. Token ids are int32, little-endian as every machine we run on."""
+
+    version: int
+    model: str
+    sessions: dict[str, bytes]
+
+
+@dataclass
+class Session:
+    tokens: array = field(default_factory=lambda: array("i"))  # of all committed turns
+    turn: str | None = None  # the running request
+    last_turn: str | None = None  # the request that was committed last ...
+    last_prompt_len: int = 0  # ... and the length of its prompt, history included
+    used: float = 0.0
+
+
+class Sessions:
+    """All sessions of one engine. `model` labels saved files; `ttl` is in seconds."""
+
+    def __init__(self, model: str = "", ttl: float = 3600.0, clock: Callable[[], float] = time.monotonic):
+        self.model, self.ttl, self.clock = model, ttl, clock
+        self._sessions: OrderedDict[str, Session] = OrderedDict()  # by time of last use
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    def tokens(self, session_id: str) -> list[int]:
+        """The committed history; empty for a new session. Raises `SessionBusyError` while a turn is running."""
+        session = self._sessions.get(session_id)
+        if session is not None and session.turn is not None:
+            raise SessionBusyError(f"Session {session_id!r} is still answering: wait for its turn to end or abort it.")
+        return list(session.tokens) if session is not None else []
+
+    def begin(self, session_id: str, request_id: str) -> None:
+        """A turn starts, of a session that is not busy."""
+        session = self._sessions.setdefault(session_id, Session())
+        assert session.turn is None
+        session.turn = request_id
+        self._touch(session_id)
+
+    def end(self, session_id: str, request_id: str, tokens: list[int] | None, prompt_len: int = 0) -> None:
+        """The turn is over: `tokens` is the whole new history (None: the turn leaves no trace), whose first
+        `prompt_len` are the prompt. Nothing happens if the session was deleted meanwhile."""
+        session = self._sessions.get(session_id)
+        if session is None or session.turn != request_id:
+            return
+        session.turn = None
+        if tokens is not None:
+            session.tokens = array("i", tokens)
+            session.last_turn, session.last_prompt_len = request_id, prompt_len
+        self._touch(session_id)
+
+    def trim(self, request_id: str, keep_tokens: int) -> None:
+        """A client stopped reading a turn that had just ended: keep what it received. Later turns are not touched."""
+        for session in self._sessions.values():
+            if session.last_turn == request_id and session.turn is None:
+                del session.tokens[session.last_prompt_len + max(0, keep_tokens) :]
+                return
+
+    def delete(self, session_id: str) -> bool:
+        """Forget a session; a running turn goes on but leaves no trace. False if there is none."""
+        return self._sessions.pop(session_id, None) is not None
+
+    def expire(self) -> None:
+        """Forget the sessions that were idle for longer than `ttl`."""
+        while self._sessions:
+            session_id, session = next(iter(self._sessions.items()))
+            if session.turn is not None or self.clock() - session.used <= self.ttl:
+                return
+            del self._sessions[session_id]
+
+    def list(self) -> "list[SessionInfo]":
+        now = self.clock()
+        return [SessionInfo(i, len(s.tokens), now - s.used, s.turn is not None) for i, s in self._sessions.items()]
+
+    def save(self, path: Path) -> None:
+        """Write all committed histories, whole or not at all, readable by the owner only."""
+        saved = SavedSessions(VERSION, self.model, {i: s.tokens.tobytes() for i, s in self._sessions.items()})
+        if not path.parent.is_dir():
+            raise UsageError(f"Sessions cannot be saved to {path}: make the folder {path.parent} first.")
+        with NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            try:
+                file.write(msgspec.msgpack.encode(saved))
+                file.flush()
+                os.fsync(file.fileno())
+                os.replace(file.name, path)
+            except BaseException:
+                os.unlink(file.name)
+                raise
+
+    def restore(self, path: Path) -> int:
+        """Add the sessions of a file and return their number; those of the same name are replaced. Raises `UsageError`
+        for a missing, damaged, newer or foreign file and `SessionBusyError`, having changed nothing."""
+        saved = _read(path, self.model)
+        busy = [i for i in saved if i in self._sessions and self._sessions[i].turn is not None]
+        if busy:
+            raise SessionBusyError(f"Session {busy[0]!r} is still answering: wait for its turn to end or abort it.")
+        for session_id, tokens in saved.items():
+            self._sessions[session_id] = Session(tokens)
+            self._touch(session_id)
+        return len(saved)
+
+    def _touch(self, session_id: str) -> None:
+        self._sessions[session_id].used = self.clock()
+        self._sessions.move_to_end(session_id)
+
+
+def _read(path: Path, model: str) -> dict[str, array]:
+    try:
+        saved = msgspec.msgpack.decode(path.read_bytes(), type=SavedSessions)
+    except OSError as error:
+        raise UsageError(f"The sessions file {path} cannot be read ({error.strerror}): check the path.") from error
+    except msgspec.MsgspecError as error:
+        raise UsageError(f"{path} is not a sessions file, or it is damaged: save the sessions again.") from error
+    if saved.version > VERSION:
+        raise UsageError(f"{path} has version {saved.version}, this program reads up to {VERSION}: update Pagoda.")
+    if saved.model != model:
+        raise UsageError(
+            f"{path} was saved with the model {saved.model!r}, not {model!r}: load that model to restore it."
+        )
+    if any(len(data) % 4 for data in saved.sessions.values()):
+        raise UsageError(f"{path} is damaged: save the sessions again.")
+    return {session_id: array("i", data) for session_id, data in saved.sessions.items()}
