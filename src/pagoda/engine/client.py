@@ -1,0 +1,349 @@
+"""The client's side of an engine: submit requests, read their outputs. Imports no torch unless the engine is inline."""
+
+import asyncio
+import itertools
+import json
+import os
+import queue
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import zmq
+
+from pagoda import errors
+from pagoda.config import EngineConfig
+from pagoda.engine import wire
+from pagoda.engine.request import EngineRequest, Output
+from pagoda.errors import EngineDeadError, PagodaError
+
+
+class Ticket:
+    """One request's outputs, in order, until the one with a finish reason. Iterate it from one thread, or with
+    `async for` from the event loop that submitted it. `abort` may be called from anywhere, at any time."""
+
+    def __init__(self, client: "EngineClient", request_id: str, loop: asyncio.AbstractEventLoop | None):
+        self.id, self.loop, self._client = request_id, loop, client
+        self._queue: Any = queue.SimpleQueue() if loop is None else asyncio.Queue()
+
+    def deliver(self, output: Output) -> None:
+        """Called by the client, on the ticket's own event loop when it has one."""
+        self._queue.put_nowait(output) if self.loop is not None else self._queue.put(output)
+
+    def abort(self, keep_tokens: int | None = None) -> None:
+        """End the request; see `wire.Abort`."""
+        self._client.abort(self.id, keep_tokens)
+
+    def __iter__(self) -> Iterator[Output]:
+        while True:
+            output = self._queue.get()
+            yield output
+            if output.finish_reason is not None:
+                return
+
+    async def __aiter__(self) -> AsyncIterator[Output]:
+        while True:
+            output = await self._queue.get()
+            yield output
+            if output.finish_reason is not None:
+                return
+
+
+class Transport(Protocol):
+    """How messages travel. `receive` waits up to `timeout` seconds; None: nothing came."""
+
+    def send(self, message: wire.ToEngine) -> None: ...
+
+    def receive(self, timeout: float) -> wire.FromEngine | None: ...
+
+    def alive(self) -> bool: ...
+
+    def close(self) -> None: ...
+
+
+class EngineClient:
+    """One program's door to one engine. Safe to use from several threads and event loops."""
+
+    def __init__(self, transport: Transport):
+        self._transport = transport
+        self._lock = threading.Lock()
+        self._tickets: dict[str, Ticket] = {}
+        self._answers: dict[int, queue.SimpleQueue[wire.Answer | EngineDeadError]] = {}
+        self._seq = itertools.count(1)
+        self._death: PagodaError | None = None
+        self._closing = False
+        self.info = self._wait_ready()
+        self._thread = threading.Thread(target=self._read, name="pagoda-engine-client", daemon=True)
+        self._thread.start()
+
+    def submit(self, request: EngineRequest) -> Ticket:
+        """Send a request. Called inside a running event loop, the ticket is for `async for` there."""
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            loop = None
+        ticket = Ticket(self, request.id, loop)
+        with self._lock:
+            if self._death is not None:
+                raise self._death
+            if request.id in self._tickets:
+                raise errors.RequestError(f"A request with the id {request.id!r} is still running.", "request_id")
+            self._tickets[request.id] = ticket
+        self._transport.send(wire.Submit(request))
+        return ticket
+
+    def abort(self, request_id: str, keep_tokens: int | None = None) -> None:
+        """End a request, in whatever state it is; an unknown one is ignored."""
+        if self._death is None:
+            self._transport.send(wire.Abort(request_id, keep_tokens))
+
+    def call(self, verb: str, timeout: float = 30.0, **arguments: Any) -> Any:
+        """Ask the engine and wait for the answer; a hung or dead engine raises `EngineDeadError`."""
+        seq = next(self._seq)
+        answers: queue.SimpleQueue[wire.Answer | EngineDeadError] = queue.SimpleQueue()
+        with self._lock:
+            if self._death is not None:
+                raise self._death
+            self._answers[seq] = answers
+        self._transport.send(wire.Call(seq, verb, arguments))
+        try:
+            answer = answers.get(timeout=timeout)
+        except queue.Empty:
+            raise EngineDeadError(f"The engine did not answer within {timeout:g} s.") from None
+        finally:
+            self._answers.pop(seq, None)
+        if isinstance(answer, EngineDeadError):
+            raise answer
+        if answer.error is not None:
+            raise named_error(*answer.error)
+        return answer.value
+
+    @property
+    def dead(self) -> PagodaError | None:
+        """Why the engine is gone, or None while it lives."""
+        return self._death
+
+    def close(self) -> None:
+        """End open requests, stop the engine if it is ours, give back its memory. May be called twice."""
+        if self._closing:
+            return
+        self._closing = True
+        self._transport.close()
+        self._thread.join(timeout=10)
+        self._die(EngineDeadError("The engine was closed."))
+
+    def __enter__(self) -> "EngineClient":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _wait_ready(self) -> wire.EngineInfo:
+        while True:
+            message = self._transport.receive(0.1)
+            if isinstance(message, wire.Ready):
+                return message.info
+            if isinstance(message, wire.Dead):
+                self._transport.close()
+                raise named_error(*message.error)
+            if message is None and not self._transport.alive():
+                self._transport.close()
+                raise EngineDeadError("The engine's process ended while it was starting; its last lines say why.")
+
+    def _read(self) -> None:
+        while not self._closing:
+            message = self._transport.receive(0.1)
+            if isinstance(message, wire.Outputs):
+                self._dispatch(message.outputs)
+            elif isinstance(message, wire.Answer):
+                waiting = self._answers.get(message.seq)
+                if waiting is not None:
+                    waiting.put(message)
+            elif isinstance(message, wire.Dead):
+                self._die(EngineDeadError(message.error[1]))
+                return
+            elif message is None and not self._transport.alive():
+                self._die(EngineDeadError("The engine's process ended unexpectedly."))
+                return
+
+    def _dispatch(self, outputs: list[Output]) -> None:
+        """Hand outputs to their tickets, waking each event loop once."""
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Ticket, Output]]] = {}
+        for output in outputs:
+            with self._lock:
+                ticket = self._tickets.get(output.id)
+                if ticket is not None and output.finish_reason is not None:
+                    del self._tickets[output.id]
+            if ticket is None:
+                continue
+            if ticket.loop is None:
+                ticket.deliver(output)
+            else:
+                by_loop.setdefault(ticket.loop, []).append((ticket, output))
+        for loop, pairs in by_loop.items():
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(_deliver_all, pairs)
+
+    def _die(self, error: EngineDeadError) -> None:
+        """Every open request and call learns that the engine is gone."""
+        with self._lock:
+            self._death = self._death or error
+            waiting, self._answers = list(self._answers.values()), {}
+            open_ids = list(self._tickets)
+        for answers in waiting:
+            answers.put(error)
+        self._dispatch([Output(id=i, finish_reason="error", error=str(error)) for i in open_ids])
+
+
+def _deliver_all(pairs: list[tuple[Ticket, Output]]) -> None:
+    for ticket, output in pairs:
+        ticket.deliver(output)
+
+
+def named_error(name: str, message: str) -> PagodaError:
+    """The error of our tree with that class name, or an `EngineError`."""
+    kind = getattr(errors, name, None)
+    if isinstance(kind, type) and issubclass(kind, PagodaError):
+        return kind(message)
+    return errors.EngineError(message)
+
+
+class InlineTransport:
+    """The engine as a thread of this process."""
+
+    def __init__(self, model: str | Path, config: EngineConfig, progress: Callable[[float], None] | None = None):
+        from pagoda.engine.process import build_engine  # torch comes with it
+
+        self._to_engine: queue.SimpleQueue[tuple[bytes, wire.ToEngine]] = queue.SimpleQueue()
+        self._from_engine: queue.SimpleQueue[wire.FromEngine] = queue.SimpleQueue()
+        self._loop = build_engine(model, config, progress)
+        self._loop.connect(self._poll, lambda _sender, message: self._from_engine.put(message))
+        self._from_engine.put(wire.Ready(self._loop.info))
+        self._thread = threading.Thread(target=self._loop.run, name="pagoda-engine", daemon=True)
+        self._thread.start()
+
+    def _poll(self, timeout: float | None) -> list[tuple[bytes, wire.ToEngine]]:
+        messages = []
+        try:
+            messages.append(self._to_engine.get(block=timeout != 0, timeout=timeout or None))
+            while True:
+                messages.append(self._to_engine.get_nowait())
+        except queue.Empty:
+            return messages
+
+    def send(self, message: wire.ToEngine) -> None:
+        self._to_engine.put((b"", message))
+
+    def receive(self, timeout: float) -> wire.FromEngine | None:
+        try:
+            return self._from_engine.get(timeout=timeout)
+        except queue.Empty:
+            return None
+
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def close(self) -> None:
+        self._loop.stop()
+        self._to_engine.put((b"", wire.Leave()))
+        self._thread.join(timeout=30)
+
+
+class SocketTransport:
+    """A ZeroMQ connection to an engine process. With `process`, the engine is ours and ends with us."""
+
+    def __init__(self, address: str, process: subprocess.Popen[bytes] | None = None, folder: Path | None = None):
+        self.address, self._process, self._folder = address, process, folder
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.DEALER)
+        self._socket.linger = 0
+        self._socket.connect(address)
+        # A socket belongs to one thread: senders hand over through a local pipe that the receiving thread also polls.
+        self._pending: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        self._wake_read, self._wake_write = os.pipe()
+        os.set_blocking(self._wake_read, False)
+        os.set_blocking(self._wake_write, False)
+        self._poller = zmq.Poller()
+        self._poller.register(self._socket, zmq.POLLIN)
+        self._poller.register(self._wake_read, zmq.POLLIN)
+        self._closed = False
+        self.send(wire.Call(0, "hello"))
+
+    def send(self, message: wire.ToEngine) -> None:
+        self._pending.put(wire.encode(message))
+        try:
+            os.write(self._wake_write, b"x")
+        except (BlockingIOError, OSError):  # the pipe is full: a wake-up is under way already; or we are closing
+            return
+
+    def receive(self, timeout: float) -> wire.FromEngine | None:
+        deadline = time.monotonic() + timeout
+        while not self._closed:
+            left = max(0.0, deadline - time.monotonic())
+            ready = dict(self._poller.poll(left * 1000))
+            if self._wake_read in ready:
+                self._flush()
+            if self._socket in ready:
+                return wire.decode_from_engine(self._socket.recv())
+            if left == 0.0:
+                break
+        return None
+
+    def _flush(self) -> None:
+        os.read(self._wake_read, 1 << 16)
+        while not self._pending.empty():
+            self._socket.send(self._pending.get_nowait())
+
+    def alive(self) -> bool:
+        return self._process is None or self._process.poll() is None
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        if self._process is None:
+            self.send(wire.Leave())
+        else:
+            self._process.terminate()
+            try:
+                self._process.wait(timeout=30)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+        self._closed = True
+
+
+def start_engine(
+    model: str | Path, config: EngineConfig, inline: bool = True, progress: Callable[[float], None] | None = None
+) -> EngineClient:
+    """Start an engine for `model` (folder, workspace, hub id or `mini`) and wait until it can serve.
+
+    `inline`: a thread of this process; else a process of its own, which ends with this one. Raises the `PagodaError`
+    that the start raised.
+    """
+    if inline and config.tp == 1:
+        return EngineClient(InlineTransport(model, config, progress))
+    return EngineClient(spawn_engine(model, config))
+
+
+def spawn_engine(model: str | Path, config: EngineConfig) -> SocketTransport:
+    """Start an engine process on a private socket (a folder of mode 0700) and connect to it."""
+    folder = Path(tempfile.mkdtemp(prefix="pagoda-"))
+    address = f"ipc://{folder}/engine"
+    job = {
+        "model": str(model),
+        "config": {k: getattr(config, k) for k in config.__dataclass_fields__},
+        "address": address,
+    }
+    process = subprocess.Popen([sys.executable, "-m", "pagoda.engine.process"], stdin=subprocess.PIPE)
+    assert process.stdin is not None
+    process.stdin.write(json.dumps(job).encode())
+    process.stdin.close()
+    return SocketTransport(address, process, folder)

@@ -1,0 +1,227 @@
+"""One rank: weights, cache and batch on a device; launches a schedule, hands its tokens over later.
+
+`launch` only enqueues device work (the CPU does it at once); `collect` waits for the oldest step's tokens. The same
+runner runs on every tensor-parallel rank; all ranks sample the same tokens from the same gathered logits.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pagoda.config import EngineConfig
+from pagoda.engine.batch import DeviceBatch
+from pagoda.engine.graphs import GraphCache, padded_width
+from pagoda.engine.kv_cache import MemoryPlan, host_free_bytes, plan_memory
+from pagoda.engine.request import TokenLogprobs
+from pagoda.engine.sampler import Sampled, SampleFlags, SamplingState, sample
+from pagoda.engine.scheduler import Row, Schedule, SlotInit, StepResult
+from pagoda.errors import DeviceError
+from pagoda.layers.parallel import Group
+from pagoda.models.decoder import build_program
+from pagoda.models.executors import make_executor
+from pagoda.models.loader import load_model
+from pagoda.models.spec import ModelSpec
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def pick_device(config: EngineConfig, rank: int = 0) -> torch.device:
+    """The device of a rank: `auto` is CUDA where there is one. A device or number of devices that the machine lacks
+    raises `DeviceError`."""
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if count == 0:
+            raise DeviceError("device is cuda, but torch sees no CUDA device here: use --device cpu.")
+        index = (device.index or 0) + rank
+        if (device.index or 0) + config.tp > count:
+            raise DeviceError(f"tp {config.tp} needs {config.tp} CUDA devices, this machine has {count}: lower --tp.")
+        return torch.device("cuda", index)
+    if device.type != "cpu":
+        raise DeviceError(f"device {config.device!r} is unknown: use auto, cpu, cuda or cuda:N.")
+    return device
+
+
+def pick_dtype(config: EngineConfig, spec: ModelSpec) -> torch.dtype:
+    """`auto` is the checkpoint's own number format."""
+    return DTYPES[spec.dtype if config.dtype == "auto" else config.dtype]
+
+
+@dataclass
+class InFlight:
+    """A launched step whose tokens may still be on their way to the host."""
+
+    schedule: Schedule
+    sampled: Sampled
+    num_sampled: int
+    prompt_rows: list[tuple[Row, torch.Tensor]]
+    event: torch.cuda.Event | None
+
+
+class Runner:
+    """Everything that a rank holds. `plan` says how much memory it took; `describe` how it runs."""
+
+    def __init__(
+        self,
+        model: Path,
+        spec: ModelSpec,
+        config: EngineConfig,
+        group: Group,
+        progress: Callable[[float], None] | None = None,
+    ):
+        self.spec, self.config, self.group = spec, config, group
+        self.device = pick_device(config, group.rank)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        elif config.num_threads is not None:
+            torch.set_num_threads(config.num_threads)
+        dtype = pick_dtype(config, spec)
+        before = self._free_bytes()
+        with torch.inference_mode():
+            weights = load_model(model, spec, config, self.device, dtype, group, progress)
+            program = build_program(spec, weights, group)
+            self.executor = make_executor(program, config, self.device, dtype, group)
+        free = self._free_bytes()
+        self.plan: MemoryPlan = plan_memory(
+            spec,
+            config,
+            device=str(self.device),
+            weight_bytes=max(0, before - free),
+            free_bytes=group.smallest(free),
+            block_bytes=self.executor.bytes_per_block(),
+            dtype_bytes=dtype.itemsize,
+        )
+        self._in_flight: deque[InFlight] = deque()
+        self._last_slots: list[int] = []
+        self._inits: dict[int, SlotInit] = {}
+
+    def start(self) -> None:
+        """Take the cache and the batch's memory; called once, after `plan` is agreed among the ranks."""
+        plan, slots = self.plan, self.config.max_batch_size
+        width = -(-plan.session_len // plan.block_len)
+        with torch.inference_mode():
+            self.executor.allocate_cache(plan.num_blocks)
+            self.batch = DeviceBatch(slots, width, plan.block_len, self.device)
+            self.state = SamplingState(slots + 1, self.spec.vocab_size, self.device)
+        self._graphs = None
+        if self.device.type == "cuda" and self.config.cuda_graph and self.executor.graph_safe:
+            self._graphs = GraphCache(self._decode, slots, self.batch.trash, self.device)
+
+    @torch.inference_mode()
+    def launch(self, schedule: Schedule, mask_LW: np.ndarray | None = None) -> None:
+        """Enqueue one step. `mask_LW`: packed grammar bitmasks beside the sampling rows (int32, 32 tokens a word)."""
+        self.batch.apply(schedule)
+        if schedule.inits:
+            self._inits.update((init.slot, init) for init in schedule.inits)
+            self.state.set_slots(schedule.inits)
+        slots = [row.slot for row in schedule.rows if row.samples]
+        flags = self.state.flags(slots)
+        prompt_rows: list[tuple[Row, torch.Tensor]] = []
+        if all(row.tokens is None for row in schedule.rows) and mask_LW is None:
+            sampled = self._launch_decode(schedule.rows, slots, flags)
+        else:
+            sampled = self._launch_mixed(schedule.rows, flags, mask_LW, prompt_rows)
+        event = None
+        if self.device.type == "cuda":
+            sampled = sampled.to_host(len(slots))
+            event = torch.cuda.Event()
+            event.record()
+        self._in_flight.append(InFlight(schedule, sampled, len(slots), prompt_rows, event))
+
+    def collect(self) -> StepResult:
+        """Wait for the oldest launched step and read its tokens."""
+        step = self._in_flight.popleft()
+        if step.event is not None:
+            step.event.synchronize()
+        count = step.num_sampled
+        tokens = step.sampled.token_R[:count].tolist()
+        logprobs = step.sampled.read_logprobs(tokens)
+        prompt = {row.slot: _read_prompt(row, packed) for row, packed in step.prompt_rows}
+        return StepResult(tokens=tokens, logprobs=logprobs, prompt_logprobs=prompt)
+
+    def _launch_decode(self, rows: list[Row], slots: list[int], flags: SampleFlags) -> Sampled:
+        """Every row computes its last sampled token: a graph where there are graphs."""
+        blocks = max(row.start for row in rows) // self.batch.block_len + 1
+        changed = slots != self._last_slots
+        self._last_slots = slots
+        if self._graphs is None:
+            return self._decode(self.batch.upload(np.array(slots)), blocks, flags)
+        slot_R = self.batch.upload(np.array(slots)) if changed else None
+        width = padded_width(blocks, self.batch.block_table_SB.shape[1])
+        return self._graphs.run(slot_R, len(slots), width, flags)
+
+    def _decode(self, slot_R: torch.Tensor, width: int, flags: SampleFlags) -> Sampled:
+        """The whole decode step; device work only."""
+        logits_RV = self.executor.forward(self.batch.decode_input(slot_R, width))
+        sampled = sample(logits_RV, slot_R, self.state, flags)
+        self.batch.advance(slot_R, sampled.token_R)
+        return sampled
+
+    def _launch_mixed(
+        self, rows: list[Row], flags: SampleFlags, mask_LW: np.ndarray | None, prompt_rows: list[tuple[Row, Any]]
+    ) -> Sampled:
+        """Prompt chunks and decode rows together."""
+        mixed = self.batch.mixed_input(rows)
+        logits_LV = self.executor.forward(mixed.step)
+        self._prompt_logprobs(rows, logits_LV, prompt_rows)
+        if any(row.prompt_logprobs for row in rows):
+            logits_LV = logits_LV.index_select(0, mixed.sample_logit_L)
+        mask = None
+        if mask_LW is not None:
+            mask = torch.from_numpy(mask_LW).to(self.device, non_blocking=True)
+        sampled = sample(logits_LV, mixed.sample_slot_L, self.state, flags, mask)
+        self.batch.finish_mixed(mixed, sampled.token_R)
+        return sampled
+
+    def _prompt_logprobs(self, rows: list[Row], logits_LV: torch.Tensor, out: list[tuple[Row, Any]]) -> None:
+        """Log-probabilities of the prompt tokens that the rows' positions predict; packed as a float tensor
+        [positions, 1 + top] of values and an int tensor of ids, on the host when the step is collected."""
+        first = 0
+        for row in rows:
+            if not row.prompt_logprobs:
+                first += int(row.samples)
+                continue
+            assert row.tokens is not None
+            init = self._inits[row.slot]
+            known = init.history[row.start + 1 : min(row.start + row.num_tokens + 1, init.num_prompt)]
+            logprob_NV = logits_LV[first : first + len(known)].log_softmax(-1)
+            ids = torch.tensor(known, device=self.device)[:, None]
+            top = logprob_NV.topk(init.params.prompt_logprobs or 0, -1)
+            value = torch.cat([logprob_NV.gather(1, ids), top.values], 1)
+            packed = torch.stack([value.double(), torch.cat([ids, top.indices], 1).double()])
+            out.append((row, packed.cpu()))
+            first += row.num_tokens
+
+    def _free_bytes(self) -> int:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            torch.cuda.empty_cache()
+            return torch.cuda.mem_get_info(self.device)[0]
+        return host_free_bytes()
+
+    def close(self) -> None:
+        """Give all memory back."""
+        self._in_flight.clear()
+        if self._graphs is not None:
+            self._graphs.clear()
+        self.executor.free_cache()
+        del self.executor, self.batch, self.state
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            torch.cuda.empty_cache()
+
+
+def _read_prompt(row: Row, packed: torch.Tensor) -> list[TokenLogprobs]:
+    values, ids = packed[0].tolist(), packed[1].long().tolist()
+    return [
+        TokenLogprobs(token=i[0], logprob=v[0], top=list(zip(i[1:], v[1:], strict=True)))
+        for v, i in zip(values, ids, strict=True)
+    ]
