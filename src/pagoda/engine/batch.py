@@ -74,7 +74,7 @@ class DeviceBatch:
             query_start_R1=torch.arange(rows + 1, dtype=torch.int32, device=self.device),
             kv_len_R=position_R + 1,
             block_table_RB=table_RW,
-            logit_row_L=torch.arange(rows, dtype=torch.int64, device=self.device),
+            logit_row_L=None,
             max_query_len=1,
             max_kv_len=width * self.block_len,
             decode=True,

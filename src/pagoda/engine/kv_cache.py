@@ -110,7 +110,7 @@ def plan_memory(
     if num_blocks < 2:
         raise DeviceError(
             f"The KV cache does not fit: {free_bytes >> 20} MiB are free on {device} after the weights and a block "
-            f"takes {block_bytes >> 10} KiB; free memory, lower max_prefill_token_num, or quantize the weights or the cache."
+            f"takes {block_bytes >> 10} KiB; free memory, lower max_prefill_token_num, or quantize weights or cache."
         )
     if (num_blocks - 1) * block_len < length:
         shorter = (num_blocks - 1) * block_len

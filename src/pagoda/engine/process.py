@@ -1,0 +1,303 @@
+"""The engine itself: one loop that takes messages, plans steps, launches them and reports tokens.
+
+It runs as a thread (`InlineTransport`) or as a process of its own: `python -m pagoda.engine.process` reads its job as
+JSON from standard input and serves clients on a ZeroMQ socket until it is terminated or its parent is gone.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zmq
+
+from pagoda.config import EngineConfig
+from pagoda.engine import wire
+from pagoda.engine.params import id_list, read_generation_defaults
+from pagoda.engine.request import EngineRequest, Output
+from pagoda.engine.runner import Runner
+from pagoda.engine.scheduler import Schedule, Scheduler, SchedulerConfig
+from pagoda.engine.sessions import Sessions
+from pagoda.engine.workers import OwnWorker, Workers
+from pagoda.errors import EngineError, NotFoundError, PagodaError
+from pagoda.layers.parallel import Group
+from pagoda.log import get_logger, setup_logging
+from pagoda.models.loader import resolve_model, text_folder
+from pagoda.models.spec import read_spec
+from pagoda.text.grammar import GrammarMasks
+from pagoda.text.tokenizer import load_tokenizer
+
+Poll = Callable[[float | None], list[tuple[bytes, wire.ToEngine]]]
+Send = Callable[[bytes, wire.FromEngine], None]
+
+IDLE_SECONDS = 1.0
+
+log = get_logger(__name__)
+
+
+class EngineLoop:
+    """Drives scheduler and workers. `connect` a transport, then `run` until `stop`."""
+
+    def __init__(self, scheduler: Scheduler, workers: Workers, info: wire.EngineInfo, grammars: "Grammars"):
+        self.info, self._scheduler, self._workers, self._grammars = info, scheduler, workers, grammars
+        self._owner: dict[str, bytes] = {}
+        self._flights: deque[Schedule] = deque()
+        self._stopping = False
+        self.calls: dict[str, Callable[..., Any]] = {
+            "stats": self._scheduler.stats,
+            "list_sessions": self._scheduler.sessions.list,
+            "delete_session": self._delete_session,
+            "session_tokens": self._session_tokens,
+            "save_sessions": lambda path: self._scheduler.sessions.save(Path(path)),
+            "restore_sessions": lambda path: self._scheduler.sessions.restore(Path(path)),
+            "ping": lambda: None,
+        }
+
+    def connect(self, poll: Poll, send: Send) -> None:
+        """`poll(seconds)` waits for messages (0: only looks, None: as long as it takes)."""
+        self._poll, self._send = poll, send
+
+    def stop(self) -> None:
+        """End the loop after the step under way; safe from any thread or signal handler."""
+        self._stopping = True
+
+    def run(self) -> None:
+        """Work until stopped. Whatever goes wrong, every open request gets its end and all memory is given back."""
+        try:
+            while not self._stopping:
+                busy = self._scheduler.has_work or bool(self._flights)
+                for sender, message in self._poll(0 if busy else IDLE_SECONDS):
+                    self._take(sender, message)
+                self._scheduler.sessions.expire()
+                self._step()
+            self._end("abort", "The engine is shutting down.")
+        except Exception as error:
+            log.exception("the engine failed")
+            self._end("error", f"The engine failed: {type(error).__name__}: {error}")
+            self._tell_all(wire.Dead(("EngineDeadError", f"The engine failed: {error}")))
+        finally:
+            self._workers.close()
+
+    def _step(self) -> None:
+        """Launch the next step, then digest the oldest one that is due."""
+        schedule = self._scheduler.schedule()
+        if schedule is not None:
+            self._workers.launch(schedule, self._grammars.masks(schedule) if schedule.needs_masks else None)
+            self._flights.append(schedule)
+        if self._flights and (schedule is None or len(self._flights) > self._workers.run_ahead):
+            oldest = self._flights.popleft()
+            self._emit(self._scheduler.digest(oldest, self._workers.collect()))
+
+    def _take(self, sender: bytes, message: wire.ToEngine) -> None:
+        if isinstance(message, wire.Submit):
+            self._submit(sender, message.request)
+        elif isinstance(message, wire.Abort):
+            output = self._scheduler.abort(message.id, message.keep_tokens)
+            if output is not None:
+                self._emit([output])
+        elif isinstance(message, wire.Call):
+            self._answer(sender, message)
+        else:
+            for request_id in [i for i, owner in self._owner.items() if owner == sender]:
+                self._scheduler.abort(request_id)
+                self._forget(request_id)
+
+    def _submit(self, sender: bytes, request: EngineRequest) -> None:
+        try:
+            if request.id in self._owner:
+                raise EngineError(f"The request id {request.id!r} is in use: choose another.")
+            if request.params.grammar is not None:
+                self._grammars.add(request.id, request.params.grammar)
+            self._scheduler.add(request)
+            self._owner[request.id] = sender
+        except PagodaError as error:
+            self._grammars.drop(request.id)
+            refusal = Output(request.id, finish_reason="error", error=str(error), error_kind=type(error).__name__)
+            self._send(sender, wire.Outputs([refusal]))
+
+    def _answer(self, sender: bytes, call: wire.Call) -> None:
+        if call.verb == "hello":
+            self._send(sender, wire.Ready(self.info))
+            return
+        try:
+            self._send(sender, wire.Answer(call.seq, self.calls[call.verb](**call.arguments)))
+        except PagodaError as error:
+            self._send(sender, wire.Answer(call.seq, error=(type(error).__name__, str(error))))
+        except (KeyError, TypeError) as error:
+            self._send(sender, wire.Answer(call.seq, error=("EngineError", f"Bad call {call.verb!r}: {error}.")))
+
+    def _emit(self, outputs: list[Output]) -> None:
+        """One message for each client that has news."""
+        by_sender: dict[bytes, list[Output]] = {}
+        for output in outputs:
+            self._grammars.accept(output)
+            sender = self._owner.get(output.id)
+            if sender is not None:
+                by_sender.setdefault(sender, []).append(output)
+            if output.finish_reason is not None:
+                self._forget(output.id)
+        for sender, news in by_sender.items():
+            self._send(sender, wire.Outputs(news))
+
+    def _forget(self, request_id: str) -> None:
+        self._owner.pop(request_id, None)
+        self._grammars.drop(request_id)
+
+    def _end(self, reason: Any, message: str) -> None:
+        """Exactly one last output for every open request."""
+        ends = []
+        for request_id in list(self._owner):
+            output = Output(request_id, finish_reason=reason, error=message if reason == "error" else None)
+            ends.append(output)
+        self._emit(ends)
+
+    def _tell_all(self, message: wire.FromEngine) -> None:
+        self._send(b"", message)
+
+    def _delete_session(self, session_id: str) -> bool:
+        return self._scheduler.sessions.delete(session_id)
+
+    def _session_tokens(self, session_id: str) -> list[int]:
+        if session_id not in self._scheduler.sessions:
+            raise NotFoundError(f"There is no session {session_id!r}.")
+        return self._scheduler.sessions.tokens(session_id)
+
+
+class Grammars:
+    """The grammar state of running requests; the tokenizer is read when the first one comes."""
+
+    def __init__(self, text: Path, vocab_size: int):
+        self._text, self._vocab_size = text, vocab_size
+        self._masks: GrammarMasks | None = None
+        self._matchers: dict[str, Any] = {}
+        self._by_slot: dict[int, str] = {}
+
+    def add(self, request_id: str, grammar: str) -> None:
+        if self._masks is None:
+            self._masks = GrammarMasks(load_tokenizer(self._text), self._vocab_size)
+        self._matchers[request_id] = self._masks.matcher(grammar)
+
+    def drop(self, request_id: str) -> None:
+        self._matchers.pop(request_id, None)
+
+    def accept(self, output: Output) -> None:
+        matcher = self._matchers.get(output.id)
+        if matcher is not None:
+            for token in output.token_ids:
+                matcher.accept(token)
+
+    def masks(self, schedule: Schedule) -> np.ndarray:
+        """Packed bitmasks beside the sampling rows; rows without a grammar allow everything."""
+        self._by_slot.update((init.slot, init.id) for init in schedule.inits)
+        slots = [row.slot for row in schedule.rows if row.samples]
+        mask_LW = np.full((len(slots), -(-self._vocab_size // 32)), -1, np.int32)
+        for i, slot in enumerate(slots):
+            matcher = self._matchers.get(self._by_slot.get(slot, ""))
+            if matcher is not None:
+                matcher.fill_mask(mask_LW[i])
+        return mask_LW
+
+
+def build_engine(
+    model: str | Path, config: EngineConfig, progress: Callable[[float], None] | None = None
+) -> EngineLoop:
+    """Load a model and put an engine around it. `progress` is told the share of the weights that is loaded."""
+    folder = resolve_model(str(model))
+    spec, config = read_spec(folder, config)
+    started = time.monotonic()
+    workers = start_workers(folder, spec, config, progress)
+    plan, text = workers.plan, text_folder(folder)
+    scheduler = Scheduler(
+        SchedulerConfig(
+            max_batch_size=config.max_batch_size,
+            max_step_tokens=max(config.max_prefill_token_num, config.max_batch_size),
+            block_len=plan.block_len,
+            num_blocks=plan.num_blocks,
+            session_len=plan.session_len,
+            prefix_caching=config.enable_prefix_caching,
+            max_queued=config.max_queued_requests or 4 * config.max_batch_size,
+            cache_variant=spec.rope.variant,
+        ),
+        Sessions(model=str(model), ttl=config.session_ttl),
+    )
+    eos = dict.fromkeys((*spec.eos_ids, *id_list(read_generation_defaults(text).get("eos_token_id"))))
+    info = wire.EngineInfo(
+        model=str(model),
+        family=spec.family,
+        session_len=scheduler.max_len,
+        max_batch_size=config.max_batch_size,
+        block_len=plan.block_len,
+        num_blocks=plan.num_blocks,
+        vocab_size=spec.vocab_size,
+        eos_ids=list(eos),
+        report=[*workers.describe(), f"ready in {time.monotonic() - started:.2f} s"],
+    )
+    return EngineLoop(scheduler, workers, info, Grammars(text, spec.vocab_size))
+
+
+def start_workers(folder: Path, spec: Any, config: EngineConfig, progress: Any = None) -> Workers:
+    """The ranks that `config` asks for."""
+    return OwnWorker(Runner(folder, spec, config, Group.single(), progress))
+
+
+class SocketServer:
+    """The engine's end of the ZeroMQ connection: one ROUTER socket, any number of clients."""
+
+    def __init__(self, address: str):
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.linger = 1000
+        self._socket.bind(address)
+        self._clients: set[bytes] = set()
+        self._parent = os.getppid()
+
+    def poll(self, timeout: float | None) -> list[tuple[bytes, wire.ToEngine]]:
+        """All messages that are there; an orphaned engine ends itself."""
+        messages: list[tuple[bytes, wire.ToEngine]] = []
+        if timeout != 0 and os.getppid() != self._parent:
+            raise EngineError("the parent process is gone")
+        wait = -1 if timeout is None else int(timeout * 1000)
+        while self._socket.poll(0 if messages else wait):
+            sender, data = self._socket.recv_multipart()
+            self._clients.add(sender)
+            messages.append((sender, wire.decode_to_engine(data)))
+        return messages
+
+    def send(self, sender: bytes, message: wire.FromEngine) -> None:
+        """To one client, or to all when `sender` is empty."""
+        data = wire.encode(message)
+        for client in [sender] if sender else list(self._clients):
+            self._socket.send_multipart([client, data])
+
+    def close(self) -> None:
+        self._socket.close()
+        self._context.term()
+
+
+def main() -> None:
+    """Entry of the engine's process."""
+    setup_logging()
+    job = json.loads(sys.stdin.buffer.read())
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is for the client
+    server = SocketServer(job["address"])
+    try:
+        loop = build_engine(job["model"], EngineConfig.from_mapping(job["config"]))
+    except PagodaError as error:
+        server.poll(5.0)
+        server.send(b"", wire.Dead((type(error).__name__, str(error))))
+        server.close()
+        sys.exit(error.exit_code)
+    signal.signal(signal.SIGTERM, lambda *_: loop.stop())
+    loop.connect(server.poll, server.send)
+    loop.run()
+    server.close()
+
+
+if __name__ == "__main__":
+    main()
