@@ -13,7 +13,7 @@ if not Path("/dev/nvidiactl").exists():  # read when a kernel is defined: must s
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder of real reference files (beside the checkout, or PAGODA_TEST_DATA); tests that need it skip without."""
+    """Real reference files, beside the checkout or at PAGODA_TEST_DATA; tests that need them skip without."""
     folder = Path(os.environ.get("PAGODA_TEST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
     if not (folder / "README.md").exists():
         pytest.skip("the reference data folder is not here")

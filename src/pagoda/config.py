@@ -180,6 +180,12 @@ class EngineConfig(Checked):
     )
     cuda_graph: bool = knob(True, "replay decode steps as CUDA graphs (GPU only)", parse=parse_bool)
 
+    def under(self, settings: Mapping[str, Any]) -> "EngineConfig":
+        """This configuration with the values of a workspace's `engine.toml` wherever it still has the default."""
+        defaults = EngineConfig()
+        free = {k: v for k, v in settings.items() if getattr(self, k, None) == getattr(defaults, k, None)}
+        return EngineConfig.from_mapping({**{f: getattr(self, f) for f in self.__dataclass_fields__}, **free})
+
 
 @dataclass(frozen=True)
 class GenerationConfig(Checked):

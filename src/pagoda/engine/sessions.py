@@ -59,6 +59,9 @@ class Sessions:
     def __len__(self) -> int:
         return len(self._sessions)
 
+    def __contains__(self, session_id: str) -> bool:
+        return session_id in self._sessions
+
     def tokens(self, session_id: str) -> list[int]:
         """The committed history; empty for a new session. Raises `SessionBusyError` while a turn is running."""
         session = self._sessions.get(session_id)

@@ -1,0 +1,64 @@
+"""The house's floors: a room imports only from lower floors; rooms of one floor do not import each other."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import pagoda
+
+ROOT = Path(pagoda.__file__).parent
+FLOORS = {
+    "cli": 8,
+    "serve": 7,
+    "offline": 6,
+    "quantize": 6,
+    "engine": 5,
+    "models": 4,
+    "layers": 3,
+    "text": 3,
+    "kernels": 2,
+    "config": 1,
+    "errors": 1,
+    "log": 1,
+}
+FILES = sorted(p for p in ROOT.rglob("*.py") if p != ROOT / "__init__.py")
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def imported_rooms(path: Path) -> set[str]:
+    """Rooms named by any import in the file: at the top, inside functions, or for types only."""
+    rooms = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            if node.module == "pagoda":
+                rooms |= {alias.name for alias in node.names if alias.name in FLOORS}
+            elif node.module and node.module.startswith("pagoda."):
+                rooms.add(node.module.split(".")[1])
+        elif isinstance(node, ast.Import):
+            rooms |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("pagoda.")}
+    return rooms
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_a_room_imports_only_from_lower_floors(path: Path) -> None:
+    room = room_of(path)
+    assert room in FLOORS, f"{room} is not a room of the house"
+    for other in imported_rooms(path) - {room}:
+        assert (
+            FLOORS[other] < FLOORS[room] or (room, other) in {("errors", "log")} or FLOORS[room] == 1 == FLOORS[other]
+        )
+
+
+def test_files_are_named_for_their_purpose() -> None:
+    vague = {"utils", "util", "helpers", "helper", "common", "misc", "base"}
+    assert not [p for p in FILES if p.stem in vague]
+
+
+def test_the_package_stays_small() -> None:
+    lines = sum(len(p.read_text(encoding="utf-8").splitlines()) for p in FILES)
+    assert lines <= 12000, f"{lines} lines: the house was to stay within 12,000"
