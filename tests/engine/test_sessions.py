@@ -1,0 +1,118 @@
+"""Conversations: history, one turn at a time, what an aborted turn leaves, files."""
+
+import os
+
+import msgspec
+import pytest
+from fake_device import FakeDevice, expected, request
+
+from pagoda.engine.scheduler import Scheduler, SchedulerConfig
+from pagoda.engine.sessions import SavedSessions, Sessions
+from pagoda.errors import SessionBusyError, UsageError
+
+
+def turn(scheduler, device, req):
+    scheduler.add(req)
+    tokens, cached = [], 0
+    while scheduler.has_work:
+        plan = scheduler.schedule()
+        for output in scheduler.digest(plan, device.launch(plan)):
+            tokens += output.token_ids
+            cached += output.num_cached_tokens
+    return tokens, cached
+
+
+def make(sessions=None, num_blocks=33):
+    return Scheduler(SchedulerConfig(2, 16, 4, num_blocks, 100), sessions), FakeDevice(4, num_blocks)
+
+
+def test_a_new_turn_sends_only_new_text_and_the_cache_supplies_the_rest():
+    scheduler, device = make()
+    first, _ = turn(scheduler, device, request("1", [1, 2, 3], session="s", max_tokens=9))
+    second, cached = turn(scheduler, device, request("2", [4, 5], session="s", max_tokens=9))
+    whole = [1, 2, 3, *first, 4, 5]
+    assert second == expected(whole, request("2", [1], max_tokens=9).params, 100, 0)[0]
+    assert cached == 8
+    assert scheduler.sessions.tokens("s") == whole + second
+
+
+def test_evicted_history_is_computed_again():
+    scheduler, device = make(num_blocks=9)
+    first, _ = turn(scheduler, device, request("1", [1, 2, 3], session="s", max_tokens=9))
+    turn(scheduler, device, request("x", [5] * 28, max_tokens=4))
+    second, cached = turn(scheduler, device, request("2", [4], session="s", max_tokens=5))
+    assert cached == 0
+    assert second == expected([1, 2, 3, *first, 4], request("2", [1], max_tokens=5).params, 100, 0)[0]
+
+
+def test_restored_in_a_new_engine_the_next_turn_is_the_same(tmp_path):
+    scheduler, device = make(Sessions("mini"))
+    turn(scheduler, device, request("1", [1, 2, 3], session="s", max_tokens=9))
+    scheduler.sessions.save(tmp_path / "sessions")
+    assert os.stat(tmp_path / "sessions").st_mode & 0o077 == 0
+    here, _ = turn(scheduler, device, request("2", [4], session="s"))
+    other, device = make(Sessions("mini"))
+    assert other.sessions.restore(tmp_path / "sessions") == 1
+    assert turn(other, device, request("2", [4], session="s"))[0] == here
+
+
+def test_bad_files_are_refused_and_nothing_is_half_written(tmp_path):
+    sessions = Sessions("mini")
+    path = tmp_path / "sessions"
+    with pytest.raises(UsageError, match="cannot be read"):
+        sessions.restore(path)
+    for data, message in (
+        (b"\xc1", "damaged"),
+        (msgspec.msgpack.encode(SavedSessions(9, "mini", {})), "version 9"),
+        (msgspec.msgpack.encode(SavedSessions(1, "other", {})), "'other', not 'mini'"),
+        (msgspec.msgpack.encode(SavedSessions(1, "mini", {"a": b"123"})), "damaged"),
+    ):
+        path.write_bytes(data)
+        with pytest.raises(UsageError, match=message):
+            sessions.restore(path)
+    assert len(sessions) == 0
+    with pytest.raises(UsageError, match="make the folder"):
+        sessions.save(tmp_path / "missing" / "sessions")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError):
+        sessions.save(tmp_path / "folder")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "sessions"]
+
+
+def test_one_turn_at_a_time_and_delete_in_every_state():
+    sessions = Sessions()
+    sessions.begin("s", "1")
+    with pytest.raises(SessionBusyError):
+        sessions.tokens("s")
+    assert sessions.delete("s") and not sessions.delete("s")
+    sessions.begin("s", "2")
+    sessions.end("s", "1", [1, 2], 1)
+    assert [(s.id, s.num_tokens, s.busy) for s in sessions.list()] == [("s", 0, True)]
+    sessions.end("s", "2", [3], 1)
+    assert sessions.tokens("s") == [3]
+
+
+def test_an_abort_that_comes_late_still_cuts_the_turn_to_what_was_received():
+    scheduler, device = make()
+    tokens, _ = turn(scheduler, device, request("1", [1, 2, 3], session="s", max_tokens=9))
+    assert scheduler.abort("1") is None and len(scheduler.sessions.tokens("s")) == 12
+    assert scheduler.abort("1", keep_tokens=4) is None
+    assert scheduler.sessions.tokens("s") == [1, 2, 3, *tokens[:4]]
+    turn(scheduler, device, request("2", [1], session="s", max_tokens=2))
+    assert scheduler.abort("1", keep_tokens=0) is None and len(scheduler.sessions.tokens("s")) == 10
+
+
+def test_idle_sessions_expire_and_busy_ones_do_not():
+    now = [0.0]
+    sessions = Sessions(ttl=10, clock=lambda: now[0])
+    for name in "ab":
+        sessions.begin(name, name)
+        sessions.end(name, name, [1], 1)
+    sessions.begin("busy", "1")
+    now[0] = 8.0
+    sessions.begin("a", "2")
+    sessions.end("a", "2", None)
+    now[0] = 11.0
+    sessions.expire()
+    assert {s.id for s in sessions.list()} == {"a", "busy"}
+    assert [s.idle for s in sessions.list() if s.id == "a"] == [3.0] and sessions.tokens("a") == [1]
