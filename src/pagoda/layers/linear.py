@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pagoda.kernels.act_mul import act_mul
 from pagoda.kernels.rms_norm import rms_norm
+from pagoda.kernels.small_linear import Extras
 from pagoda.layers.schemes import SCHEMES, Tensors
 from pagoda.layers.schemes.cut import COLUMN_PARALLEL, ROW_PARALLEL
 
@@ -90,6 +91,8 @@ class Linear:
             return out
         if norm is not None:
             x_TK = rms_norm(x_TK, norm.weight_K, norm.eps)
+            if act or residual is not None:
+                return self(x_TK, act=act, residual=residual, out=out)
         if act is None and residual is None:
             return self.scheme.matmul(x_TK, self, out)
         y = self.scheme.matmul(x_TK, self)
@@ -100,6 +103,11 @@ class Linear:
     def fuses(self, rows: int, norm: bool = False, act: str | None = None, residual: bool = False) -> bool:
         """Whether a call with these extras on this many rows is one kernel (and faster than op by op)."""
         return rows > 0 and self.scheme.fuses(rows, self, norm, act, residual)
+
+    def extras(self, norm: Norm | None, act: str | None, residual: Tensor | None, pdl: bool) -> Extras:
+        """The same, as the fused kernels take it."""
+        gain_K, eps = norm or (None, 0.0)
+        return Extras(gain_K, eps, self.bias, act or "", None if residual is None else residual.contiguous(), pdl)
 
     def dequantize(self) -> Tensor:
         """The matrix that is multiplied, float32 [N, K]: the oracle."""

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pagoda.errors import CheckpointError
+from pagoda.kernels.small_linear import small_linear_launch, supports
+from pagoda.kernels.triton_env import HAS_TRITON
 from pagoda.layers.schemes.cut import cut, cut_dim
 
 if TYPE_CHECKING:
@@ -44,11 +46,14 @@ class Dense:
         return {"weight": canonical["weight"].to(device=device, dtype=dtype).contiguous()}
 
     def matmul(self, x_TK: Tensor, linear: "Linear", out: Tensor | None = None) -> Tensor:
-        y = F.linear(x_TK, linear.tensors["weight"], linear.bias)
-        return y if out is None else out.copy_(y)
+        if out is None or out.dtype != x_TK.dtype or linear.bias is not None:
+            y = F.linear(x_TK, linear.tensors["weight"], linear.bias)
+            return y if out is None else out.copy_(y)
+        return torch.mm(x_TK, linear.tensors["weight"].t(), out=out)
 
     def fuses(self, rows: int, linear: "Linear", norm: bool, act: str | None, residual: bool) -> bool:
-        return False
+        w = linear.tensors["weight"]
+        return w.is_cuda and HAS_TRITON and supports(rows, *w.shape, w.dtype, norm, act or "", residual)
 
     def fused(
         self,
@@ -60,7 +65,8 @@ class Dense:
         out: Tensor,
         pdl: bool,
     ) -> None:
-        raise AssertionError("no fused kernel here")
+        extras = linear.extras(norm, act, residual_TN, pdl)
+        small_linear_launch(x_TK.contiguous(), linear.tensors["weight"], extras, out, linear.counters)
 
     def dequantize(self, packed: Tensors, linear: "Linear") -> Tensor:
         return packed["weight"].float()
