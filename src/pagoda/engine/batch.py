@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from pagoda.engine.scheduler import Row, Schedule
+from pagoda.engine.schedule import Row, Schedule
 from pagoda.models.decoder import StepInput
 
 

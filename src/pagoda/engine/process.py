@@ -22,7 +22,8 @@ from pagoda.engine import wire
 from pagoda.engine.params import id_list, read_generation_defaults
 from pagoda.engine.request import EngineRequest, Output
 from pagoda.engine.runner import Runner
-from pagoda.engine.scheduler import Schedule, Scheduler, SchedulerConfig
+from pagoda.engine.schedule import Schedule
+from pagoda.engine.scheduler import Scheduler, SchedulerConfig
 from pagoda.engine.sessions import Sessions
 from pagoda.engine.workers import OwnWorker, Workers
 from pagoda.errors import EngineError, NotFoundError, PagodaError

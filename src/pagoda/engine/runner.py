@@ -19,7 +19,7 @@ from pagoda.engine.graphs import GraphCache, padded_width
 from pagoda.engine.kv_cache import MemoryPlan, host_free_bytes, plan_memory
 from pagoda.engine.request import TokenLogprobs
 from pagoda.engine.sampler import Sampled, SampleFlags, SamplingState, sample
-from pagoda.engine.scheduler import Row, Schedule, SlotInit, StepResult
+from pagoda.engine.schedule import Row, Schedule, SlotInit, StepResult
 from pagoda.errors import DeviceError
 from pagoda.layers.parallel import Group
 from pagoda.models.decoder import build_program

@@ -6,7 +6,7 @@ import numpy as np
 
 from pagoda.engine.kv_cache import MemoryPlan
 from pagoda.engine.runner import Runner
-from pagoda.engine.scheduler import Schedule, StepResult
+from pagoda.engine.schedule import Schedule, StepResult
 
 
 class Workers(Protocol):
