@@ -15,12 +15,15 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+import msgspec
 import zmq
 
 from pagoda import errors
 from pagoda.config import EngineConfig
 from pagoda.engine import wire
+from pagoda.engine.metrics import EngineStats
 from pagoda.engine.request import EngineRequest, Output
+from pagoda.engine.sessions import SessionInfo
 from pagoda.errors import EngineDeadError, PagodaError
 
 
@@ -123,6 +126,14 @@ class EngineClient:
         if answer.error is not None:
             raise named_error(*answer.error)
         return answer.value
+
+    def stats(self) -> EngineStats:
+        """The engine's counters at this moment."""
+        return msgspec.convert(self.call("stats"), EngineStats)
+
+    def sessions(self) -> list[SessionInfo]:
+        """The conversations that the engine remembers."""
+        return msgspec.convert(self.call("list_sessions"), list[SessionInfo])
 
     @property
     def dead(self) -> PagodaError | None:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import zmq
 
@@ -127,7 +128,8 @@ class EngineLoop:
             self._send(sender, wire.Ready(self.info))
             return
         try:
-            self._send(sender, wire.Answer(call.seq, self.calls[call.verb](**call.arguments)))
+            value = msgspec.to_builtins(self.calls[call.verb](**call.arguments))
+            self._send(sender, wire.Answer(call.seq, value))
         except PagodaError as error:
             self._send(sender, wire.Answer(call.seq, error=(type(error).__name__, str(error))))
         except (KeyError, TypeError) as error:
