@@ -8,6 +8,7 @@ Legend: T tokens of a step, R sequences, B blocks per sequence, L logit rows, C 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from pagoda.layers.parallel import Group
@@ -131,7 +132,8 @@ class StepInput:
 def build_program(spec: "ModelSpec", weights: "ModelWeights", group: Group) -> StepProgram:
     """The step of a model whose (this rank's) weights are given."""
     split = group.size > 1 and weights.embed.shape[0] < spec.vocab_size
-    ops: list[Op] = [Embed(weights.embed, spec.embed_scale, split)]
+    scale = torch.tensor(spec.embed_scale, dtype=weights.embed.dtype).item()  # as the checkpoints' own code rounds it
+    ops: list[Op] = [Embed(weights.embed, scale, split)]
     for index, layer in enumerate(weights.layers):
         ops += _attention(spec, index, layer) + _ffn(spec, layer)
     ops += [TakeRows(), Norm(weights.norm, spec.norm_eps), Head(weights.head, spec.vocab_size, spec.final_softcap)]

@@ -1,0 +1,40 @@
+"""Executors run a step program; they differ in speed, not in result."""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from pagoda.config import EngineConfig
+from pagoda.layers.parallel import Group
+from pagoda.models.decoder import StepInput, StepProgram
+
+
+class Executor(Protocol):
+    """One rank's model and its cache. `graph_safe`: `forward` of a decode step may be captured into a CUDA graph."""
+
+    graph_safe: bool
+
+    def bytes_per_block(self) -> int:
+        """Of one block of the KV cache: all layers, this rank's heads."""
+
+    def allocate_cache(self, num_blocks: int) -> None:
+        """Blocks 0 .. num_blocks - 1; block 0 is scratch, where padding rows may write."""
+
+    def free_cache(self) -> None:
+        """Give the blocks' memory back."""
+
+    def forward(self, step: StepInput) -> Tensor:
+        """Logits [L, V] float32 of the wanted rows, on every rank; the step's keys and values go to the cache."""
+
+    def describe(self) -> str:
+        """One line for the start-up report: what runs, and why not something faster."""
+
+
+def make_executor(
+    program: StepProgram, config: EngineConfig, device: torch.device, dtype: torch.dtype, group: Group
+) -> Executor:
+    """The fastest executor for this device that takes this program."""
+    from pagoda.models.executors.eager import EagerExecutor
+
+    return EagerExecutor(program, config, device, dtype, group)
