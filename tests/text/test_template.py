@@ -1,0 +1,180 @@
+"""Templates against transformers' renders (`expected_renders.jsonl`) and against hostile input."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pagoda.errors import TemplateError
+from pagoda.text import template as template_module
+from pagoda.text.named_templates import NAMED
+from pagoda.text.template import ChatTemplate, checkpoint_source, load_template, named_template, template_names
+
+CHAT = [
+    {"role": "user", "content": "hi"},
+    {"role": "assistant", "content": "hello"},
+    {"role": "user", "content": "bye"},
+]
+
+
+class Marks:
+    """Only what a template asks of a tokenizer."""
+
+    def __init__(self, bos: str = "<s>", eos: str = "</s>", known: tuple[str, ...] = ()):
+        self.bos_token, self.eos_token, self._known = bos, eos, known
+
+    def id_of(self, token: str) -> int | None:
+        return self._known.index(token) if token in self._known else None
+
+
+def test_renders_equal_transformers(shared_data):
+    folder = shared_data / "chat_templates"
+    given = json.loads((folder / "conversations.json").read_text(encoding="utf-8"))
+    num_rendered = 0
+    for line in (folder / "expected_renders.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        source = (folder / f"{row['template']}.jinja").read_text(encoding="utf-8")
+        template = ChatTemplate("checkpoint", source, Marks(row["bos_token"], row["eos_token"]))
+        messages, tools = given["conversations"][row["conversation"]], given["tools"] if row["tools"] else None
+        if row["rendered"] is None:
+            with pytest.raises(TemplateError):
+                template.render(messages, row["add_generation_prompt"], tools)
+            continue
+        # The reference was made without the clock: these templates then write this date.
+        text = template.render(messages, row["add_generation_prompt"], tools, date_string="26 Jul 2024")
+        assert text == row["rendered"], row["template"]
+        num_rendered += 1
+    assert num_rendered == 126
+
+
+SAME_AS_CHECKPOINT = [
+    ("internlm2-chat", "internlm2-chat"),
+    ("yi", "yi-6b-chat"),
+    ("chatml", "yi-6b-chat"),
+    ("qwen2_5", "Qwen-Qwen2.5-7B-Instruct"),
+    ("qwen3", "Qwen-Qwen3-0.6B"),
+    ("gemma", "google-gemma-2-2b-it"),
+    ("phi-3", "microsoft-Phi-3.5-mini-instruct"),
+]
+
+
+@pytest.mark.parametrize(("name", "file"), SAME_AS_CHECKPOINT)
+def test_named_templates_write_what_the_checkpoints_write(shared_data, name, file):
+    source = (shared_data / "chat_templates" / f"{file}.jinja").read_text(encoding="utf-8")
+    reference = ChatTemplate("checkpoint", source, Marks())
+    named = named_template(name, Marks())
+    with_system = [{"role": "system", "content": "Be brief."}, *CHAT]
+    for messages in [with_system] if name == "internlm2-chat" else [CHAT] if name == "gemma" else [CHAT, with_system]:
+        assert named.render(messages) == reference.render(messages)
+
+
+def test_mistral_and_llama_formats():
+    assert named_template("mistral", Marks()).render(CHAT) == "<s>[INST] hi [/INST]hello</s>[INST] bye [/INST]"
+    assert named_template("codellama", Marks()).render(CHAT) == "<s>[INST] hi [/INST] hello </s><s>[INST] bye [/INST]"
+    llama = named_template("llama2", Marks()).render([{"role": "system", "content": "Be brief."}, *CHAT])
+    assert llama == "<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nhi [/INST] hello </s><s>[INST] bye [/INST]"
+    assert named_template("llama2", Marks()).render(CHAT[:1]).startswith("<s>[INST] <<SYS>>\nYou are a helpful, ")
+    head = "<|start_header_id|>{}<|end_header_id|>\n\n{}"
+    expected = head.format("user", "hi<|eot_id|>") + head.format("assistant", "")
+    assert named_template("llama3", Marks("<|begin_of_text|>")).render(CHAT[:1]) == "<|begin_of_text|>" + expected
+
+
+def test_internlm_chat_7b():
+    template = named_template("internlm-chat-7b", Marks())
+    text = template.render([{"role": "system", "content": "S"}, *CHAT])
+    assert text == "<s><|System|>:S\n<|User|>:hi\n<|Bot|>:hello<eoa>\n<|User|>:bye\n<|Bot|>:"
+    assert "InternLM (书生·浦语)" in template.render(CHAT) and template.stop_words == ("<eoa>",)
+
+
+def test_vicuna_baichuan_base():
+    vicuna = named_template("vicuna", Marks()).render([{"role": "system", "content": "S"}, *CHAT])
+    assert vicuna == "<s>S\nUSER: hi\nASSISTANT: hello</s>\nUSER: bye\nASSISTANT: "
+    baichuan = named_template("baichuan2-chat", Marks()).render(CHAT)
+    assert baichuan == "<reserved_106>hi<reserved_107>hello<reserved_106>bye<reserved_107>"
+    assert named_template("base", Marks()).render(CHAT[:1]) == "<s>hi"
+
+
+def test_every_name_renders():
+    names = {"internlm-chat-7b", "internlm2-chat", "internlm2_5-chat", "internlm3", "llama2", "llama3", "llama3_1",
+             "qwen", "qwen2_5", "qwen3", "chatml", "mistral", "baichuan", "baichuan2", "yi", "vicuna", "gemma", "phi-3",
+             "puyu", "codellama", "solar", "ultralm", "base"}  # fmt: skip
+    assert names <= set(template_names()) == set(NAMED)
+    for name in template_names():
+        text = named_template(name, Marks()).render(CHAT)
+        assert "hi" in text and "hello" in text and text.index("hello") < text.index("bye")
+
+
+def test_where_the_template_comes_from(tmp_path: Path):
+    marks = Marks(known=("<|im_end|>",))
+    with pytest.raises(TemplateError, match="--model-name"):
+        load_template(tmp_path, None, marks)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "A{{ messages[0].content }}"}))
+    assert load_template(tmp_path, None, marks).render(CHAT) == "Ahi"
+    named = [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    assert checkpoint_source(tmp_path) == "D"
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "J"}))
+    assert checkpoint_source(tmp_path) == "J"
+    (tmp_path / "chat_template.jinja").write_text("F<|im_end|>")
+    template = load_template(tmp_path, None, marks)
+    assert template.render(CHAT) == "F<|im_end|>"
+    assert template.stop_words == ("<|im_end|>",) and template.stop_ids == (0,)
+    assert load_template(tmp_path, "chatml", marks).name == "chatml"
+    with pytest.raises(TemplateError, match="no chat template called 'nope': use one of base, internlm-chat-7b"):
+        load_template(tmp_path, "nope", marks)
+
+
+def test_messages_are_made_plain():
+    city = "{{ m.tool_calls[0].function.arguments.city if m.tool_calls }}"
+    source = "{% for m in messages %}{{ m.content }}|" + city + "{% endfor %}"
+    template = ChatTemplate("t", source, Marks())
+    parts = {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}
+    call = {"type": "function", "function": {"name": "f", "arguments": '{"city": "Ulm"}'}}
+    assert template.render([parts, {"role": "assistant", "content": None, "tool_calls": [call]}]) == "ab||Ulm"
+    for wrong in ({"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, {"content": "x"},
+                  {"role": "user", "content": 3}, {"role": "user", "content": "x", "extra": {1, 2}}):  # fmt: skip
+        with pytest.raises(TemplateError):
+            template.render([wrong])
+    call["function"]["arguments"] = "{"
+    with pytest.raises(TemplateError, match="not valid JSON"):
+        template.render([{"role": "assistant", "content": None, "tool_calls": [call]}])
+
+
+ESCAPES = [
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "{{ cycler.__init__.__globals__ }}",
+    "{{ messages.append(1) }}",
+    "{{ (messages|attr('__class__')).mro() }}",
+    "{{ raise_exception.__globals__['json'] }}",
+    "{% include '/etc/passwd' %}",
+    "{{ '{0.__class__.__mro__}'.format(messages) }}{{ messages.sort() }}",
+]
+
+
+@pytest.mark.parametrize("source", ESCAPES)
+def test_sandbox(source):
+    with pytest.raises(TemplateError):
+        ChatTemplate("evil", source, Marks()).render(CHAT)
+
+
+def test_limits(monkeypatch):
+    template = ChatTemplate("t", "{{ messages|length }}", Marks())
+    with pytest.raises(TemplateError, match="at most 2048"):
+        template.render([CHAT[0]] * 2049)
+    with pytest.raises(TemplateError, match="reserved"):
+        template.render(CHAT, chat_template="{{ 1 }}")
+    with pytest.raises(TemplateError, match="longer than"):
+        template.render(CHAT, big="x" * 9000)
+    monkeypatch.setattr(template_module, "MAX_OUTPUT_CHARS", 100)
+    with pytest.raises(TemplateError, match="more than 100"):
+        ChatTemplate("t", "{% for i in range(99) %}long {% endfor %}", Marks()).render(CHAT)
+    with pytest.raises(TemplateError, match="not valid Jinja"):
+        ChatTemplate("t", "{% for %}", Marks())
+
+
+def test_generation_tag_loop_controls_and_json():
+    source = (
+        "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}"
+        "{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}{{ {'ü': '<'} | tojson }}{{ dict(a=1)['a'] }}"
+    )
+    assert ChatTemplate("t", source, Marks()).render(CHAT) == 'hi{"ü": "<"}1'
