@@ -12,11 +12,14 @@ JOIN_TIMEOUT = datetime.timedelta(seconds=120)
 class Group:
     """`size` ranks of one model; this process is number `rank`. Alone (`Group.single()`), every exchange is a no-op."""
 
-    def __init__(self, rank: int = 0, size: int = 1, ranks: dist.ProcessGroup | None = None):
+    def __init__(
+        self, rank: int = 0, size: int = 1, ranks: dist.ProcessGroup | None = None, device: torch.device | None = None
+    ):
         assert 0 <= rank < size and (size == 1 or ranks is not None)
         self.rank = rank
         self.size = size
         self._ranks = ranks
+        self._device = device
 
     @classmethod
     def single(cls) -> "Group":
@@ -30,7 +33,7 @@ class Group:
             return cls.single()
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, init_method=address, rank=rank, world_size=size, timeout=JOIN_TIMEOUT)
-        return cls(rank, size, dist.group.WORLD)
+        return cls(rank, size, dist.group.WORLD, device)
 
     def all_reduce_(self, x: Tensor) -> Tensor:
         """Sum over the ranks, in place; every rank gets the same bits."""
@@ -60,6 +63,14 @@ class Group:
         if self.size > 1:
             dist.broadcast(x, source, group=self._ranks)
         return x
+
+    def smallest(self, value: int) -> int:
+        """The least of the ranks' numbers, on every rank; waits for it."""
+        if self.size == 1:
+            return value
+        least = torch.tensor(value, dtype=torch.int64, device=self._device)
+        dist.all_reduce(least, dist.ReduceOp.MIN, group=self._ranks)
+        return int(least)
 
     def close(self) -> None:
         """Leave the group; exchanges are an error from here on."""
