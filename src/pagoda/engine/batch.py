@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from pagoda.engine.schedule import Row, Schedule
+from pagoda.kernels.batch_step import advance_decode, gather_decode
 from pagoda.models.decoder import StepInput
 
 
@@ -61,19 +62,17 @@ class DeviceBatch:
 
     def decode_input(self, slot_R: torch.Tensor, width: int) -> StepInput:
         """Gather one token a row (device work only; may be captured in a graph)."""
-        position_R = self.kv_len_S.index_select(0, slot_R)
-        table_RW = self.block_table_SB[:, :width].index_select(0, slot_R)
-        index_R = torch.div(position_R, self.block_len, rounding_mode="floor").long().clamp(max=width - 1)
-        block_R = table_RW.gather(1, index_R[:, None]).squeeze(1).long()
-        rows = slot_R.numel()
+        rows = gather_decode(
+            slot_R, self.last_token_S, self.kv_len_S, self.rope_len_S, self.block_table_SB, self.block_len, width
+        )
         return StepInput(
-            token_T=self.last_token_S.index_select(0, slot_R),
-            position_T=position_R.long(),
-            slot_T=block_R * self.block_len + torch.remainder(position_R, self.block_len),
-            rope_len_T=self.rope_len_S.index_select(0, slot_R),
-            query_start_R1=torch.arange(rows + 1, dtype=torch.int32, device=self.device),
-            kv_len_R=position_R + 1,
-            block_table_RB=table_RW,
+            token_T=rows.token_R,
+            position_T=rows.position_R,
+            slot_T=rows.cache_slot_R,
+            rope_len_T=rows.rope_len_R,
+            query_start_R1=torch.arange(slot_R.numel() + 1, dtype=torch.int32, device=self.device),
+            kv_len_R=rows.kv_len_R,
+            block_table_RB=rows.table_RW,
             logit_row_L=None,
             max_query_len=1,
             max_kv_len=width * self.block_len,
@@ -81,11 +80,8 @@ class DeviceBatch:
         )
 
     def advance(self, slot_R: torch.Tensor, token_R: torch.Tensor) -> None:
-        """After a decode step: the sampled token is the next input, the cache is one token longer. The trash slot
-        stays empty."""
-        self.last_token_S.index_copy_(0, slot_R, token_R)
-        longer_R = self.kv_len_S.index_select(0, slot_R) + 1
-        self.kv_len_S.index_copy_(0, slot_R, longer_R.masked_fill(slot_R == self.trash, 0))
+        """After a decode step: the sampled token is the next input, the cache is one token longer."""
+        advance_decode(slot_R, token_R, self.last_token_S, self.kv_len_S)
 
     def mixed_input(self, rows: list[Row]) -> MixedStep:
         """Input of a step that computes prompt chunks beside decode rows, from one packed upload."""

@@ -21,6 +21,7 @@ import zmq
 from pagoda.config import EngineConfig
 from pagoda.engine import wire
 from pagoda.engine.params import id_list, read_generation_defaults
+from pagoda.engine.ranks import LocalRanks
 from pagoda.engine.request import EngineRequest, Output
 from pagoda.engine.runner import Runner
 from pagoda.engine.schedule import Schedule
@@ -30,8 +31,7 @@ from pagoda.engine.workers import OwnWorker, Workers
 from pagoda.errors import EngineError, NotFoundError, PagodaError
 from pagoda.layers.parallel import Group
 from pagoda.log import get_logger, setup_logging
-from pagoda.models.loader import resolve_model, text_folder
-from pagoda.models.spec import read_spec
+from pagoda.models.loader import resolve_model, resolve_spec, text_folder
 from pagoda.text.grammar import GrammarMasks
 from pagoda.text.tokenizer import load_tokenizer
 
@@ -212,7 +212,7 @@ def build_engine(
 ) -> EngineLoop:
     """Load a model and put an engine around it. `progress` is told the share of the weights that is loaded."""
     folder = resolve_model(str(model))
-    spec, config = read_spec(folder, config)
+    spec, config = resolve_spec(folder, config)
     started = time.monotonic()
     workers = start_workers(folder, spec, config, progress)
     plan, text = workers.plan, text_folder(folder)
@@ -246,6 +246,8 @@ def build_engine(
 
 def start_workers(folder: Path, spec: Any, config: EngineConfig, progress: Any = None) -> Workers:
     """The ranks that `config` asks for."""
+    if config.tp > 1:
+        return LocalRanks(folder, spec, config, progress)
     return OwnWorker(Runner(folder, spec, config, Group.single(), progress))
 
 
