@@ -49,7 +49,8 @@ def advance_decode_reference(slot_R: Tensor, token_R: Tensor, last_token_S: Tens
 
 @jit
 def gather_kernel(
-    slot_ptr, last_ptr, len_ptr, rope_ptr, table_ptr, token_out, position_out, cache_slot_out, rope_out, len_out, table_out,
+    slot_ptr, last_ptr, len_ptr, rope_ptr, table_ptr,
+    token_out, position_out, cache_slot_out, rope_out, len_out, table_out,
     num_blocks, width, block_len, CHUNK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
