@@ -1,0 +1,1 @@
+"""Quantization: calibration, methods, export, and what they cost in quality."""
