@@ -35,6 +35,13 @@ def make_executor(
     program: StepProgram, config: EngineConfig, device: torch.device, dtype: torch.dtype, group: Group
 ) -> Executor:
     """The fastest executor for this device that takes this program."""
+    from pagoda.models.executors.cpu import make_cpu_executor
     from pagoda.models.executors.eager import EagerExecutor
 
-    return EagerExecutor(program, config, device, dtype, group)
+    why_eager = ""
+    if device.type == "cpu":
+        made = make_cpu_executor(program, config, device, dtype, group)
+        if not isinstance(made, str):
+            return made
+        why_eager = made
+    return EagerExecutor(program, config, device, dtype, group, why_eager)

@@ -40,16 +40,24 @@ class Frame:
 
 
 class EagerExecutor:
-    """Runs anywhere, in float32, bfloat16 and float16; no host synchronisation in `forward`."""
+    """Runs anywhere, in float32, bfloat16 and float16; no host synchronisation in `forward`. `reason`: why nothing
+    faster runs, for the report."""
 
     graph_safe = True
 
     def __init__(
-        self, program: StepProgram, config: EngineConfig, device: torch.device, dtype: torch.dtype, group: Group
+        self,
+        program: StepProgram,
+        config: EngineConfig,
+        device: torch.device,
+        dtype: torch.dtype,
+        group: Group,
+        reason: str = "",
     ):
         spec = program.spec
         self.program, self.config, self.device, self.dtype, self.group = program, config, device, dtype, group
         self.rope = Rope(spec.rope, config.session_len or min(spec.max_position, DEFAULT_SESSION_LEN), device)
+        self.reason = f" ({reason})" if reason else ""
         self.caches: list[LayerCache] = []
         self.handlers: dict[type, Callable[[Any, Frame], None]] = {
             ops.Embed: self._embed,
@@ -65,7 +73,7 @@ class EagerExecutor:
         }
 
     def describe(self) -> str:
-        return f"op by op in torch on {self.device}, {str(self.dtype).removeprefix('torch.')}"
+        return f"op by op in torch on {self.device}, {str(self.dtype).removeprefix('torch.')}{self.reason}"
 
     def bytes_per_block(self) -> int:
         """Of one block of the KV cache: all layers, this rank's heads."""

@@ -1,0 +1,152 @@
+"""Canonical weights to the layout that the C++ step reads (see linear.h): blocks of 16 output rows.
+
+Legend: N output rows, K input columns, G groups of a row.
+"""
+
+import ctypes
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+W8, W4, I8 = 3, 4, 5
+MIN_GROUP = 32  # columns that the integer kernels take at once
+
+
+class WeightStruct(ctypes.Structure):
+    """`Weight` of linear.h."""
+
+    _fields_ = [(name, ctypes.c_int32) for name in ("kind", "rows", "cols", "in_", "group")]
+    _fields_ += [("unit", ctypes.c_float)]
+    _fields_ += [(name, ctypes.c_void_p) for name in ("q", "scales", "zeros", "bias", "perm")]
+
+
+def address(tensor: Tensor | None) -> int | None:
+    """Where the numbers of a contiguous tensor lie."""
+    assert tensor is None or (tensor.is_contiguous() and tensor.device.type == "cpu")
+    return None if tensor is None else tensor.data_ptr()
+
+
+@dataclass
+class PackedWeight:
+    """One matrix for the C++ step. Owns its memory: keep it as long as a table points to it."""
+
+    kind: int
+    rows: int  # padded to 16; with `glu` both halves are
+    cols: int
+    in_features: int
+    q: Tensor
+    group: int = 0
+    unit: float = 1.0
+    scales: Tensor | None = None
+    zeros: Tensor | None = None
+    bias: Tensor | None = None
+    perm: Tensor | None = None
+    struct: WeightStruct = field(init=False)
+
+    def __post_init__(self) -> None:
+        pointers = (address(t) for t in (self.q, self.scales, self.zeros, self.bias, self.perm))
+        self.struct = WeightStruct(
+            self.kind, self.rows, self.cols, self.in_features, self.group, self.unit, *pointers
+        )  # fmt: skip
+
+    def nbytes(self) -> int:
+        tensors = (self.q, self.scales, self.zeros, self.bias)
+        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+def _rows16(t: Tensor, glu: bool) -> Tensor:
+    """[N, ...] with zero rows up to a multiple of 16; `glu`: 16 rows of the first half, then 16 of the second."""
+    if not glu:
+        return F.pad(t, (0, 0) * (t.dim() - 1) + (0, -t.shape[0] % 16))
+    halves = [_rows16(half, False) for half in t.chunk(2)]
+    return torch.stack([half.view(-1, 16, *t.shape[1:]) for half in halves], 1).flatten(0, 2)
+
+
+def _blocks(t: Tensor) -> Tensor:
+    """[N, M] -> [N/16, M, 16]: the 16 rows of a block side by side."""
+    return t.view(t.shape[0] // 16, 16, t.shape[1]).transpose(1, 2).contiguous()
+
+
+def _pack_bias(bias: Tensor | None, glu: bool) -> Tensor | None:
+    return None if bias is None else _rows16(bias.float(), glu).contiguous()
+
+
+def pack_dense(weight_NK: Tensor, bias_N: Tensor | None = None, glu: bool = False) -> PackedWeight:
+    """float32, float16 or bfloat16 weights, kept as they are."""
+    w = F.pad(_rows16(weight_NK, glu), (0, -weight_NK.shape[1] % 16))
+    kind = KINDS[w.dtype]
+    q = _blocks(w.contiguous().view(torch.int32) if kind == KINDS[torch.bfloat16] else w)
+    return PackedWeight(kind, w.shape[0], w.shape[1], weight_NK.shape[1], q, bias=_pack_bias(bias_N, glu))
+
+
+def pack_int8(
+    q_NK: Tensor, scales_NG: Tensor, bias_N: Tensor | None = None, glu: bool = False, in_features: int | None = None
+) -> PackedWeight:
+    """int8 weights with scales [N] or [N, G]: value q * scale."""
+    scales_NG = scales_NG.view(q_NK.shape[0], -1)
+    k = q_NK.shape[1]
+    if scales_NG.shape[1] == 1:  # one scale a row: groups are the activations' only
+        group = next((g for g in (128, 64) if k % g == 0), MIN_GROUP)
+        q_NK = F.pad(q_NK, (0, -k % group))
+        scales_NG = scales_NG.expand(-1, q_NK.shape[1] // group)
+    else:
+        group = k // scales_NG.shape[1]
+    assert group % MIN_GROUP == 0, group
+    u = (_rows16(q_NK, glu).to(torch.int16) + 128).to(torch.uint8).contiguous()
+    unit, scales = _pack_scales(scales_NG, glu)
+    q = _blocks(u.view(torch.int32))
+    return PackedWeight(
+        W8, u.shape[0], u.shape[1], in_features or k, q, group, unit, scales, bias=_pack_bias(bias_N, glu)
+    )
+
+
+def pack_int4(
+    qweight: Tensor,
+    scales_NG: Tensor,
+    zeros_NG: Tensor,
+    perm_K: Tensor | None = None,
+    bias_N: Tensor | None = None,
+    glu: bool = False,
+    in_features: int | None = None,
+) -> PackedWeight:
+    """The canonical int4 form: qweight [N, K/2] with the even column in the low nibble, value (q - zero) * scale."""
+    k = qweight.shape[1] * 2
+    group = k // scales_NG.shape[1]
+    assert group % MIN_GROUP == 0, group
+    v = _rows16(qweight, glu)
+    # bytes hold columns (2i, 2i + 1); the kernel wants (j, j + 4) of every 8 columns
+    columns = torch.stack([v & 15, v >> 4], -1).view(v.shape[0], k // 8, 2, 4)
+    words = (columns[:, :, 0] | columns[:, :, 1] << 4).contiguous().view(torch.int32).squeeze(-1)
+    zeros = None if bool((zeros_NG == 8).all()) else _blocks(_rows16(zeros_NG.to(torch.uint8), glu))
+    unit, scales = _pack_scales(scales_NG, glu)
+    perm = None if perm_K is None else perm_K.to(torch.int32).contiguous()
+    bias = _pack_bias(bias_N, glu)
+    return PackedWeight(
+        W4, v.shape[0], k, in_features or k, _blocks(words), group, unit, scales, zeros, bias, perm
+    )  # fmt: skip
+
+
+def _pack_scales(scales_NG: Tensor, glu: bool) -> tuple[float, Tensor]:
+    """(unit, fp16 [N/16, G, 16]) with scale = unit * fp16; the unit is a power of two that keeps fp16 in its range."""
+    top = float(scales_NG.abs().max())
+    unit = 2.0 ** (torch.tensor(top).log2().floor().item() - 14) if top > 0 else 1.0
+    return unit, _blocks((_rows16(scales_NG.float(), glu) / unit).half())
+
+
+def pack_cpu(
+    scheme: str, tensors: dict[str, Tensor], role: str, bias: Tensor | None, in_features: int
+) -> PackedWeight | None:
+    """A matrix in its scheme's canonical form; None where the C++ step has no kernel for it."""
+    glu = role == "gate_up"
+    if scheme == "dense" and tensors["weight"].dtype in KINDS:
+        return pack_dense(tensors["weight"], bias, glu)
+    if scheme == "int8":
+        return pack_int8(tensors["qweight"], tensors["scales"], bias, glu, in_features)
+    if scheme == "int4":
+        qweight, scales = tensors["qweight"], tensors["scales"]
+        if qweight.shape[1] * 2 // scales.shape[1] % MIN_GROUP == 0:
+            return pack_int4(qweight, scales, tensors["zeros"], tensors.get("perm"), bias, glu, in_features)
+    return None

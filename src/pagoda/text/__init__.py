@@ -1,1 +1,0 @@
-"""Text in, text out: tokenizers, chat templates, streams, tool calls, reasoning, grammars. Imports no torch."""
