@@ -3,10 +3,11 @@
 Known methods: AWQ (gemm layout), GPTQ, compressed-tensors (W4A16, W8A8, FP8) and fp8. All else is refused by name.
 """
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
-from pagoda.errors import ModelError
+from pagoda.errors import ConfigError, ModelError
 
 GROUP_SIZES = (32, 64, 128)
 
@@ -15,7 +16,7 @@ GROUP_SIZES = (32, 64, 128)
 class QuantSpec:
     """One quantization of all linear layers but those in `skip`."""
 
-    method: str  # awq | gptq | compressed-tensors | fp8: whose tensor layout the checkpoint has
+    method: str  # awq | gptq | compressed-tensors | fp8: whose layout the checkpoint has; online: dense, rounded by us
     scheme: str  # int4 | int8 | fp8: a key of layers.schemes.SCHEMES
     bits: int
     group_size: int  # inputs that share a scale; 0: one scale per output (or per tensor, or `block`)
@@ -24,6 +25,17 @@ class QuantSpec:
     layout: str = ""  # gptq | gptq_v2 (zeros stored minus one | as they are), else the format's own name
     block: tuple[int, int] | None = None  # fp8: outputs x inputs that share a scale
     skip: tuple[str, ...] = ()  # module names (or "re:" patterns) that stay dense
+
+    def covers(self, module: str) -> bool:
+        """Whether the module of this name is quantized. The output head never is."""
+        for name in self.skip:
+            if name.startswith("re:"):
+                hit = re.match(name[3:], module) is not None
+            else:
+                hit = name == module or (self.method != "compressed-tensors" and name in module)
+            if hit:
+                return False
+        return True
 
     def __post_init__(self) -> None:
         for key in ("block", "skip"):  # lists when read back from JSON
@@ -45,6 +57,20 @@ def parse_quant(given: dict[str, Any] | None) -> QuantSpec | None:
             "checkpoints, and can quantize the original 16-bit checkpoint itself."
         )
     return readers[method](given)
+
+
+def online_quant(weight_format: str, found: QuantSpec | None) -> QuantSpec:
+    """The quantization of a checkpoint that is to be held in `weight_format`: its own where that is the same, else
+    rounding while loading (16-bit checkpoints only)."""
+    if found is None:
+        bits, group = (4, 128) if weight_format == "int4" else (8, 0)
+        return QuantSpec("online", weight_format, bits, group, weight_format == "int4")
+    if found.scheme != weight_format:
+        raise ConfigError(
+            f"The checkpoint is {found.scheme} already and cannot become {weight_format}: leave weight_format at auto, "
+            "or give the original 16-bit checkpoint."
+        )
+    return found
 
 
 def _refuse(method: str, key: str, value: Any, rule: str) -> ModelError:

@@ -34,12 +34,13 @@ def _ceil(a: int, b: int) -> int:
 def shard_heads(num_heads: int, num_kv_heads: int, rank: int, size: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Global (query heads, kv heads) of one rank; both tuples have the same length on every rank, ZERO is padding.
 
-    Each kv head is cut into `parts` virtual ones that share its query heads; the number of parts is the one that leaves
-    the fewest kv heads, then the fewest query heads, on a rank."""
+    Each kv head is cut into `parts` equal ones that share its query heads; the number of parts is the one that leaves
+    the fewest kv heads, then the fewest query heads, on a rank. Real query heads come first and are consecutive: rank r
+    holds those from r * len(q_heads) on."""
     group = num_heads // num_kv_heads
     choices = []
-    for parts in range(1, min(size, group) + 1):
-        kv_local, per_part = _ceil(num_kv_heads * parts, size), _ceil(group, parts)
+    for parts in (n for n in range(1, group + 1) if group % n == 0):
+        kv_local, per_part = _ceil(num_kv_heads * parts, size), group // parts
         choices.append((kv_local, kv_local * per_part, parts, per_part))
     kv_local, _, parts, per_part = min(choices)
     q_heads: list[int] = []
@@ -49,7 +50,7 @@ def shard_heads(num_heads: int, num_kv_heads: int, rank: int, size: int) -> tupl
         real = kv < num_kv_heads
         kv_heads.append(kv if real else ZERO)
         for i in range(part * per_part, (part + 1) * per_part):
-            q_heads.append(kv * group + i if real and i < group else ZERO)
+            q_heads.append(kv * group + i if real else ZERO)
     return tuple(q_heads), tuple(kv_heads)
 
 

@@ -11,11 +11,20 @@ from pagoda.config import EngineConfig
 from pagoda.errors import CheckpointError, ConfigError, ModelError
 from pagoda.models.config_reader import ConfigReader
 from pagoda.models.families import FAMILIES, Family, find_family
-from pagoda.models.quant_config import QuantSpec, parse_quant
+from pagoda.models.quant_config import QuantSpec, online_quant, parse_quant
 from pagoda.models.rope_spec import RopeSpec, parse_rope
 from pagoda.models.sharding import LocalShape, local_shape
 
-__all__ = ["LocalShape", "ModelSpec", "QuantSpec", "RopeSpec", "read_spec", "spec_from_config", "spec_from_json"]
+__all__ = [
+    "LocalShape",
+    "ModelSpec",
+    "QuantSpec",
+    "RopeSpec",
+    "read_spec",
+    "spec_from_config",
+    "spec_from_json",
+    "with_overrides",
+]
 
 ACTIVATIONS = {
     "silu": "silu",
@@ -165,7 +174,7 @@ def spec_from_config(values: dict[str, Any], config: EngineConfig | None = None)
     read.read |= {"logn_len", "use_logn_attn"}
     read.finish()
     _check_unused_bias(values, spec)
-    return _override(spec, config) if config else spec
+    return with_overrides(spec, config) if config else spec
 
 
 def _sizes(read: ConfigReader) -> dict[str, Any]:
@@ -239,8 +248,8 @@ def _gemma(read: ConfigReader, hidden_size: int) -> dict[str, float]:
     }
 
 
-def _override(spec: ModelSpec, config: EngineConfig) -> ModelSpec:
-    """The engine's own wishes: dynamic NTK with a factor, log-n attention on or off."""
+def with_overrides(spec: ModelSpec, config: EngineConfig) -> ModelSpec:
+    """The spec under the engine's own wishes: dynamic NTK with a factor, log-n attention on or off, weight format."""
     changes: dict[str, Any] = {}
     if config.rope_scaling_factor:
         if spec.rope.kind not in ("default", "dynamic"):
@@ -260,4 +269,6 @@ def _override(spec: ModelSpec, config: EngineConfig) -> ModelSpec:
         changes["logn_len"] = (
             (spec.logn_len or spec.rope.original_max_position or spec.max_position) if config.use_logn_attn else 0
         )
+    if config.weight_format != "auto":
+        changes["quant"] = online_quant(config.weight_format, spec.quant)
     return dataclasses.replace(spec, **changes) if changes else spec

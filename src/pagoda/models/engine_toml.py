@@ -1,0 +1,83 @@
+"""`engine.toml`: the engine's settings of a workspace, for a person to edit, under the names that users know."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from pagoda.config import EngineConfig
+from pagoda.errors import ConfigError, WorkspaceError
+from pagoda.log import get_logger
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    import tomli as tomllib  # type: ignore[no-redef]
+
+log = get_logger(__name__)
+
+VERSION = 2
+SETTINGS = {
+    "session_len": "session_len",
+    "max_batch_size": "max_batch_size",
+    "cache_max_entry_count": "cache_max_entry_count",
+    "cache_block_seq_len": "cache_block_seq_len",
+    "quant_policy": "quant_policy",
+    "rope_scaling_factor": "rope_scaling_factor",
+    "use_logn_attn": "use_logn_attn",
+}
+"""engine.toml's name -> field of EngineConfig; `tensor_para_size` stands beside them and is not to be edited."""
+
+OLD_POLICY = {0: "none", 4: "int8"}  # what numbers meant in version 1
+
+
+def write_engine_toml(path: Path, config: EngineConfig, tp: int) -> None:
+    """All settings with their help as comments; those left to the model are commented out."""
+    fields = {f.name: f for f in dataclasses.fields(EngineConfig)}
+    lines = [
+        "# Settings of the engine for this workspace. Flags on the command line win over them.",
+        f"version = {VERSION}",
+        "",
+        "# devices the weights are cut for; to change it convert again",
+        f"tensor_para_size = {tp}",
+    ]
+    for name, field in SETTINGS.items():
+        value = getattr(config, field)
+        lines += ["", f"# {fields[field].metadata['help']}"]
+        lines.append(f"# {name} =" if value is None else f"{name} = {_literal(value)}")
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _literal(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f'"{value}"' if isinstance(value, str) else repr(value)
+
+
+def read_engine_toml(path: Path) -> dict[str, Any]:
+    """Settings by EngineConfig's names, checked, `tp` among them. Raises WorkspaceError for a damaged file, an unknown
+    name, a value out of range or a newer version."""
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise WorkspaceError(f"{path} does not exist: convert the checkpoint again.") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
+        raise WorkspaceError(f"{path} cannot be read ({e}): mend that line, or convert the checkpoint again.") from None
+    version = values.pop("version", None)
+    if not isinstance(version, int) or not 1 <= version <= VERSION:
+        raise WorkspaceError(
+            f"{path} is of version {version!r}, this Pagoda reads up to {VERSION}: update Pagoda, or convert again."
+        )
+    if version == 1 and values.get("quant_policy") in OLD_POLICY and not isinstance(values["quant_policy"], bool):
+        name = OLD_POLICY[values["quant_policy"]]
+        log.warning("%s: quant_policy %s of version 1 means %s.", path, values["quant_policy"], name)
+        values["quant_policy"] = name
+    tp = values.pop("tensor_para_size", None)
+    unknown = sorted(set(values) - set(SETTINGS))
+    if unknown:
+        raise WorkspaceError(f"{path} has unknown settings {', '.join(unknown)}: it knows {', '.join(SETTINGS)}.")
+    settings = {SETTINGS[name]: value for name, value in values.items()} | {"tp": tp}
+    try:
+        checked = EngineConfig.from_mapping(settings)
+    except ConfigError as e:
+        raise WorkspaceError(f"{path}: {e}") from None
+    return {name: getattr(checked, name) for name in settings}
