@@ -81,7 +81,7 @@ def text_folder(folder: Path) -> Path:
     return folder / "tokenizer" if is_workspace(folder) else folder
 
 
-def read_model(folder: Path, config: EngineConfig) -> tuple[ModelSpec, EngineConfig]:
+def resolve_spec(folder: Path, config: EngineConfig) -> tuple[ModelSpec, EngineConfig]:
     """The spec of a checkpoint or workspace, and `config` completed by the workspace's `engine.toml`."""
     if not is_workspace(folder):
         return read_spec(folder, config), config
