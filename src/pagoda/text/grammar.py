@@ -1,0 +1,205 @@
+"""Output held to a grammar: a request's `response_format` becomes a grammar text, and that a bitmask per token.
+
+llguidance does the work: no backtracking, bounded by fuel on hostile input.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import llguidance
+import numpy as np
+from llguidance.gbnf_to_lark import GbnfToLarkError, any_to_lark
+
+from pagoda.errors import GrammarError
+from pagoda.text.tokenizer import Tokenizer
+
+MAX_BYTES = 64 << 10
+MAX_DEPTH = 64
+JSON_RULES = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,64}", "lenient": False, "coerce_one_of": False}
+"""Space between JSON tokens is bounded, so that a model cannot idle in it; unknown keywords are refused."""
+KINDS = ("text", "json_object", "json_schema", "regex", "choice", "grammar")
+
+
+def _check_size(value: Any) -> None:
+    """`GrammarError` when a schema or grammar is larger or deeper than the limits."""
+    level, depth = [value], 0
+    while level:
+        depth += 1
+        if depth > MAX_DEPTH:
+            raise GrammarError(f"The response format is nested deeper than {MAX_DEPTH} levels.", "response_format")
+        inner = (v.values() if isinstance(v, Mapping) else v if isinstance(v, (list, tuple)) else () for v in level)
+        level = [item for items in inner for item in items]
+    try:
+        size = len(json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass"))
+    except (TypeError, ValueError):
+        raise GrammarError("The response format is not plain JSON.", "response_format") from None
+    if size > MAX_BYTES:
+        raise GrammarError(f"The response format is longer than {MAX_BYTES} bytes.", "response_format")
+
+
+def _field(response_format: Mapping[str, Any], *names: str) -> Any:
+    for name in names:
+        if response_format.get(name) is not None:
+            return response_format[name]
+    raise GrammarError(
+        f"The response format {response_format['type']!r} needs the field {names[0]!r}.", "response_format"
+    )
+
+
+def _json_grammar(schema: Any) -> dict[str, Any]:
+    if not isinstance(schema, (Mapping, bool)):
+        raise GrammarError("A JSON schema must be an object, true or false.", "response_format")
+    try:
+        # Through text: a schema that is `true` or `false` is allowed, and nothing but plain JSON passes.
+        grammar = json.loads(llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=JSON_RULES))
+    except ValueError as error:
+        raise GrammarError(f"The JSON schema was refused: {_sentence(error)}", "response_format") from None
+    return grammar["grammars"][0]
+
+
+def _body(response_format: Mapping[str, Any]) -> dict[str, Any]:
+    """One llguidance grammar object for any kind but `text`."""
+    kind = response_format["type"]
+    if kind == "json_object":
+        return _json_grammar({"type": "object"})
+    if kind == "json_schema":
+        given = _field(response_format, "json_schema", "schema")
+        return _json_grammar(given["schema"] if isinstance(given, Mapping) and "schema" in given else given)
+    if kind == "regex":
+        grammar = llguidance.LLMatcher.grammar_from_regex(_text(_field(response_format, "regex", "regex_schema")))
+        return json.loads(grammar)["grammars"][0]
+    if kind == "choice":
+        choices = _field(response_format, "choices", "choice")
+        if not isinstance(choices, Sequence) or isinstance(choices, str) or not choices:
+            raise GrammarError("The response format 'choice' needs a list of one or more texts.", "response_format")
+        return {"lark_grammar": "start: " + " | ".join(literal(_text(c)) for c in choices)}
+    return {"lark_grammar": any_to_lark(_text(_field(response_format, "grammar")))}
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise GrammarError("The response format holds a value that must be a text.", "response_format")
+    return value
+
+
+def literal(text: str) -> str:
+    """`text` as a string of the Lark grammar."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _sentence(error: object) -> str:
+    """The library's message on one line, at most 300 characters."""
+    line = " ".join(str(error).split())
+    return line if len(line) <= 300 else line[:297] + "..."
+
+
+def compile_grammar(response_format: Mapping[str, Any] | None, after: str | None = None) -> str | None:
+    """The serialized grammar of an OpenAI-style `response_format` (`json_object`, `json_schema`, `regex`, `choice`,
+    `grammar` in Lark or GBNF), or None for plain text. With `after` (`</think>`) the grammar holds for what follows the
+    first occurrence of that text. Takes up to a second on large schemas: call it off the event loop. Raises
+    `GrammarError` in one sentence."""
+    if response_format is None:
+        return None
+    kind = response_format.get("type") if isinstance(response_format, Mapping) else None
+    kind = {"regex_schema": "regex", "json": "json_schema", "ebnf": "grammar", "lark": "grammar"}.get(kind, kind)
+    if kind not in KINDS:
+        raise GrammarError(f"The response format's type is {kind!r}: use one of {', '.join(KINDS)}.", "response_format")
+    if kind == "text":
+        return None
+    _check_size(dict(response_format))
+    try:
+        body = _body({**response_format, "type": kind})
+    except (ValueError, RecursionError, GbnfToLarkError) as error:
+        raise GrammarError(f"The response format was refused: {_sentence(error)}", "response_format") from None
+    return seal([body], after)
+
+
+def seal(grammars: list[dict[str, Any]], after: str | None = None) -> str:
+    """Serialize grammar objects (the first is where it starts), after free text up to `after`; `GrammarError` when
+    llguidance refuses them."""
+    if after is not None:
+        first = {**grammars[0], "name": "body"}
+        head = f"start: before @body\nbefore[suffix={literal(after)}]: /(?s:.*)/"
+        grammars = [{"lark_grammar": head}, first, *grammars[1:]]
+    grammar = json.dumps({"grammars": grammars})
+    refused, notes = llguidance.LLMatcher.validate_grammar_with_warnings(grammar)
+    if refused:
+        raise GrammarError(f"The response format was refused: {_sentence(notes[0])}", "response_format")
+    return grammar
+
+
+class _Vocabulary:
+    """What llguidance reads of a tokenizer."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.eos_token_id = tokenizer.eos_ids[0] if tokenizer.eos_ids else tokenizer.vocab_size - 1
+        self.bos_token_id = tokenizer.bos_id
+        self.tokens = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
+        self.special_token_ids = sorted(tokenizer.special_ids)
+        self._tokenizer = tokenizer
+        self._lead = tokenizer.encode("\n", parse_special=False)
+
+    def __call__(self, text: str | bytes) -> list[int]:
+        # Behind a line break, because SentencePiece would put a space before a text that stands alone.
+        text = text if isinstance(text, str) else text.decode("utf-8", "replace")
+        ids = self._tokenizer.encode("\n" + text, parse_special=False)
+        if ids[: len(self._lead)] != self._lead:
+            return self._tokenizer.encode(text, parse_special=False)
+        return ids[len(self._lead) :]
+
+
+class GrammarMatcher:
+    """Where one reply stands in its grammar."""
+
+    def __init__(self, matcher: llguidance.LLMatcher, ends: frozenset[int]):
+        self._matcher, self._ends = matcher, ends
+        self._check()
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise GrammarError(f"The grammar failed: {_sentence(self._matcher.get_error())}", "response_format")
+
+    def fill_mask(self, row: np.ndarray) -> None:
+        """Write the packed mask of allowed next tokens into `row`: int32, contiguous, 32 tokens a word, lowest bit
+        first; a row wider than the vocabulary forbids the rest. `GrammarError` when the grammar became too complex."""
+        assert row.dtype == np.int32 and row.ndim == 1 and row.flags["C_CONTIGUOUS"]
+        mask = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.int32)
+        self._check()
+        width = min(len(row), len(mask))  # the library rounds the vocabulary up
+        row[:width], row[width:] = mask[:width], 0
+
+    def accept(self, token: int) -> bool:
+        """Go on by one token; False (and no change of state) when the grammar does not allow it here. The end of
+        sequence changes nothing."""
+        if token in self._ends:
+            return self.is_accepting
+        if self._matcher.validate_tokens([token]) != 1:
+            return False
+        return self._matcher.consume_token(token)
+
+    @property
+    def is_finished(self) -> bool:
+        """Nothing but the end of sequence may follow."""
+        return self._matcher.is_stopped()
+
+    @property
+    def is_accepting(self) -> bool:
+        """The reply may end here."""
+        return self._matcher.is_accepting()
+
+
+class GrammarMasks:
+    """Makes matchers for one tokenizer and the model's `vocab_size` (at least the tokenizer's; ids beyond the tokenizer
+    are never allowed). Building it reads the whole vocabulary (up to a second)."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int | None = None):
+        wrapper = llguidance.TokenizerWrapper(_Vocabulary(tokenizer))
+        num_tokens = max(tokenizer.vocab_size, vocab_size or 0)
+        self.num_words = (num_tokens + 31) // 32
+        self._ends = frozenset(i for i in tokenizer.eos_ids if i < num_tokens)
+        self._library = llguidance.LLTokenizer(wrapper, n_vocab=num_tokens, eos_token=sorted(self._ends) or None)
+
+    def matcher(self, grammar: str) -> GrammarMatcher:
+        """A fresh matcher of what `compile_grammar` returned; `GrammarError` when it cannot be built."""
+        return GrammarMatcher(llguidance.LLMatcher(self._library, grammar, log_level=0), self._ends)
