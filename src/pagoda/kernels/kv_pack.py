@@ -15,12 +15,13 @@ x = q * scale + zero. An int4 byte holds channel d in its low and channel d + D/
 give scale and zero per head: views with stride 0 over blocks and tokens, so readers need not know.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 E4M3_MAX = 448.0
+MAX_COUNTERS = 2048  # (row, kv head) pairs that decode attention may split; more fill the GPU unsplit
 
 
 @dataclass
@@ -41,7 +42,7 @@ class LayerCache:
     v_zero: Tensor | None = None
     rotation: Tensor | None = None
     static: bool = False
-    scratch: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    counters: Tensor | None = None  # int32 [MAX_COUNTERS] of 0: where the parts of split decode attention meet
 
     @property
     def num_blocks(self) -> int:
@@ -69,20 +70,21 @@ def rotate(x_D: Tensor, rotation_DD: Tensor | None) -> Tensor:
 
 
 def quantize(x_D: Tensor, scheme: str) -> tuple[Tensor, Tensor, Tensor | None]:
-    """x [..., D] -> codes [..., D], scale [...], zero [...] | None, computed from the row alone."""
+    """x [..., D] -> codes [..., D], scale [...], zero [...] | None, computed from the row alone. A code is never NaN:
+    what is left in a freed block must not spread."""
     x_D = x_D.float()
     if scheme == "int4":
         low, high = x_D.amin(-1), x_D.amax(-1)
         zero = low.half()
         scale = ((high - zero.float()) * (1 / 15)).clamp_min(2.0**-24).half()
-        codes = ((x_D - zero.float()[..., None]) / scale.float()[..., None] + 0.5).floor().clamp(0, 15)
+        codes = ((x_D - zero.float()[..., None]) / scale.float()[..., None] + 0.5).floor().clamp(0, 15).nan_to_num(0.0)
         return codes.to(torch.uint8), scale, zero
     limit = 127.0 if scheme == "int8" else E4M3_MAX
     scale = (x_D.abs().amax(-1) * (1 / limit)).clamp_min(1e-30)
     codes = x_D / scale[..., None]
     if scheme == "int8":
-        return (codes + 0.5).floor().clamp(-127, 127).to(torch.int8), scale, None
-    return codes.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scale, None
+        return (codes + 0.5).floor().clamp(-127, 127).nan_to_num(0.0).to(torch.int8), scale, None
+    return codes.nan_to_num(0.0).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scale, None
 
 
 def quantize_static(x_D: Tensor, scale: Tensor, zero: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pagoda.errors import ConfigError
-from pagoda.kernels.kv_pack import LayerCache, hadamard, read_kv
+from pagoda.kernels.kv_pack import MAX_COUNTERS, LayerCache, hadamard, read_kv
 
 __all__ = ["KV_SCHEMES", "KVScheme", "LayerCache", "StaticRanges", "get_kv_scheme"]
 
@@ -53,9 +53,10 @@ class KVScheme:
     ) -> LayerCache:
         """Zeroed blocks of one layer. `static` (int8 only) fixes scale and zero per head instead of per token."""
         n, k, w = num_blocks, num_kv_heads, head_dim
+        counters = torch.zeros(MAX_COUNTERS, dtype=torch.int32, device=device)
         if self.code_dtype is None:
             blocks = [torch.zeros(n, k, block_len, w, dtype=dtype, device=device) for _ in "kv"]
-            return LayerCache(self.name, block_len, head_dim, *blocks)
+            return LayerCache(self.name, block_len, head_dim, *blocks, counters=counters)
         if static is not None and self.name != "int8":
             raise ConfigError(f"Static cache ranges belong to quant_policy 'int8', not '{self.name}'.")
         if self.bits == 4:
@@ -63,7 +64,7 @@ class KVScheme:
             w //= 2
         codes = [torch.zeros(n, k, *s, dtype=torch.uint8, device=device) for s in ((block_len, w), (w, block_len))]
         codes = [c.view(self.code_dtype) for c in codes]
-        cache = LayerCache(self.name, block_len, head_dim, *codes, static=static is not None)
+        cache = LayerCache(self.name, block_len, head_dim, *codes, static=static is not None, counters=counters)
         for name in ("k", "v"):
             for part in ("scale", "zero"):
                 if static is not None:

@@ -1,0 +1,118 @@
+"""The Triton kernels of rope, decode and prefill attention against their references: on the GPU, or in the
+interpreter.
+"""
+
+import pytest
+import torch
+from attention_cases import poison, random_cache, random_tables, relative
+
+from pagoda.kernels.decode_attention import decode_attention_launch, decode_attention_reference
+from pagoda.kernels.kv_pack import read_kv
+from pagoda.kernels.rope_cache import rope_and_write_launch, rope_and_write_reference
+from pagoda.layers.kv_schemes import KV_SCHEMES, StaticRanges
+
+F16, F32, BF16 = torch.float16, torch.float32, torch.bfloat16
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # the interpreter's unstored lanes
+LIMIT = {F32: 2e-5, F16: 3e-3, BF16: 1.5e-2}
+
+
+@pytest.fixture(params=[F32, F16, BF16], ids=["fp32", "fp16", "bf16"])
+def dtype(request, device):
+    if request.param is BF16 and device.type == "cpu":
+        pytest.skip("interpreted bfloat16 products are wrong")
+    return request.param
+
+
+def static_ranges(kv_heads, device):
+    make = [
+        torch.rand(kv_heads) * 0.02 + 0.01,
+        torch.randn(kv_heads),
+        torch.rand(kv_heads) * 0.02 + 0.01,
+        torch.randn(kv_heads),
+    ]
+    return StaticRanges(*(x.to(device) for x in make))
+
+
+DECODE = [
+    ("none", 4, 2, 32, 64, 0, 0.0),
+    ("none", 3, 1, 80, 16, 9, 0.0),
+    ("none", 6, 6, 16, 16, 0, 5.0),
+    ("int8", 4, 2, 32, 16, 0, 0.0),
+    ("int8", 3, 1, 80, 64, 9, 5.0),
+    ("static", 4, 2, 32, 16, 0, 0.0),
+    ("fp8", 4, 2, 32, 16, 0, 0.0),
+    ("fp8", 3, 1, 80, 16, 20, 0.0),
+    ("int4", 4, 2, 32, 16, 0, 0.0),
+    ("int4", 3, 1, 80, 64, 9, 5.0),
+    ("none", 20, 1, 128, 64, 0, 0.0),
+    ("int4", 8, 1, 256, 64, 0, 0.0),
+]
+
+
+def make_cache(scheme, num_blocks, kv_heads, dim, block_len, dtype, device):
+    options = {"static": static_ranges(kv_heads, device)} if scheme == "static" else {}
+    seed = int(torch.randint(1 << 30, ()))
+    name = "int8" if scheme == "static" else scheme
+    return random_cache(name, num_blocks, kv_heads, dim, block_len, dtype, device, seed, **options)
+
+
+@pytest.mark.parametrize(("scheme", "heads", "kv_heads", "dim", "block_len", "window", "softcap"), DECODE)
+@pytest.mark.parametrize("target", [1, 512])  # unsplit (as far as the grid allows), and split as finely as it goes
+def test_decode(scheme, heads, kv_heads, dim, block_len, window, softcap, target, dtype, device):
+    kv_lens = [1, 0, 16, 75]
+    table = random_tables(kv_lens, 6, 20, block_len, device)
+    cache = poison(make_cache(scheme, 20, kv_heads, dim, block_len, dtype, device), kv_lens, table)
+    q = torch.randn(len(kv_lens), heads, dim, device=device).to(dtype)
+    lens = torch.tensor(kv_lens, dtype=torch.int32, device=device)
+    args = (cache, lens, table, dim**-0.5, window, softcap)
+    for _ in range(2):  # the second finds the counters as the first left them
+        out = decode_attention_launch(q, *args, target=target, merge=2)
+        want = decode_attention_reference(q.float(), *args)
+        assert relative(out, want.double()) < LIMIT[dtype]
+    assert not out[1].any()
+    assert not cache.counters.any()
+
+
+ROPE = [
+    ("none", 4, 2, 32, 16, False),
+    ("none", 3, 1, 80, 16, True),
+    ("int8", 4, 2, 32, 16, True),
+    ("static", 4, 2, 32, 8, False),
+    ("fp8", 4, 2, 32, 16, True),
+    ("int4", 4, 2, 32, 16, True),
+    ("int4", 3, 1, 64, 16, False),
+    ("int4", 3, 1, 80, 40, True),
+]
+
+
+@pytest.mark.parametrize(("scheme", "heads", "kv_heads", "dim", "pairs", "norm"), ROPE)
+def test_rope_and_write(scheme, heads, kv_heads, dim, pairs, norm, dtype, device):
+    tokens = 21
+    cache = make_cache(scheme, 5, kv_heads, dim, 16, dtype, device)
+    for name in ("k", "v", "k_scale", "v_scale", "k_zero", "v_zero"):  # what is not written must not change
+        x = getattr(cache, name)
+        if x is not None and not cache.static:
+            x.view(torch.uint8).fill_(1)
+    other = make_cache(scheme, 5, kv_heads, dim, 16, dtype, device)
+    for name in ("k", "v", "k_scale", "v_scale", "k_zero", "v_zero"):
+        if getattr(cache, name) is not None:
+            setattr(other, name, getattr(cache, name).clone())
+    angle = torch.rand(tokens, pairs, device=device) * 6
+    qkv = torch.randn(tokens, (heads + 2 * kv_heads) * dim, device=device).to(dtype)
+    slot = (torch.randperm(64, device=device)[:tokens] + 16).masked_fill(torch.rand(tokens, device=device) < 0.2, -1)
+    gains = [(torch.rand(dim, device=device) + 0.5).to(dtype) for _ in "qk"] if norm else [None, None]
+    grow = torch.rand(tokens, device=device) + 1 if norm else None
+    args = (heads, kv_heads, dim, *gains, 1e-6, grow)
+    q = rope_and_write_launch(qkv, angle.cos(), angle.sin(), slot, cache, *args)
+    want = rope_and_write_reference(qkv.float(), angle.cos(), angle.sin(), slot, other, *args)
+    assert relative(q, want.double()) < LIMIT[dtype]
+    blocks = torch.arange(5, device=device)
+    for got, expected in zip(read_kv(cache, blocks), read_kv(other, blocks)):
+        # A code at a rounding border may differ; the interpreter drops the carry when it rounds to e4m3.
+        fp8 = 0.01 if device.type == "cuda" else 0.08
+        step = {"none": LIMIT[dtype], "int8": 0.003, "static": 0.02, "fp8": fp8, "int4": 0.04}[scheme]
+        assert relative(got, expected.double()) < step
+
+
+def test_every_scheme_is_here():
+    assert {case[0] for case in DECODE} == {case[0] for case in ROPE} == {*KV_SCHEMES, "static"}
