@@ -1,5 +1,6 @@
 """Checkpoints become canonical weights: every family, every number of ranks, every kind of damage."""
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -274,10 +275,10 @@ def test_bad_headers_are_refused_in_one_sentence(header, data, length, tmp_path)
 def test_random_bytes_never_crash_the_reader(tmp_path_factory, data):
     path = tmp_path_factory.mktemp("junk") / "x.safetensors"
     path.write_bytes(data)
-    try:
-        assert not SafetensorsFile(path).names  # `{}` alone is a file without tensors
-    except CheckpointError as e:
-        assert "is damaged" in str(e)
+    names: frozenset[str] = frozenset()
+    with contextlib.suppress(CheckpointError):  # any other kind of error fails
+        names = SafetensorsFile(path).names
+    assert not names  # a header of `{}` alone would be a good file without tensors
 
 
 def test_reader_and_writer_agree_with_the_library(tmp_path):

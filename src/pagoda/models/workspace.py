@@ -155,23 +155,25 @@ def write_workspace(
     """Convert the checkpoint folder `model`, cut for `config.tp` ranks, and return `dst`. `template`: the chat
     template's name to remember. An existing `dst` is replaced only if it is a workspace of our own making; on any error
     nothing is left behind and `dst` is as it was. Overrides of rope and log-n stay settings, they are not baked in."""
+    if is_workspace(model):
+        raise WorkspaceError(f"{model} is a workspace already: convert the original checkpoint.")
     spec = read_spec(model, config.replace(rope_scaling_factor=0.0, use_logn_attn=None))
-    cpu = torch.device("cpu")
     check_target(dst)
-    dst.parent.mkdir(parents=True, exist_ok=True)
     draft = dst.parent / f".{dst.name}.{os.getpid()}.partial"
     shutil.rmtree(draft, ignore_errors=True)
     try:
         (draft / "weights").mkdir(parents=True)
         for rank in range(config.tp):
             share = None if progress is None else (lambda p, r=rank: progress((r + p) / config.tp))
-            weights = open_weights(model, spec, config, rank, config.tp, cpu)
+            weights = open_weights(model, spec, config, rank, config.tp, torch.device("cpu"))
             _write_rank(rank_file(draft, rank, config.tp), weights, share)
         _copy_text(model, draft / "tokenizer")
         head = {MARK: VERSION, "source": model.resolve().name, "template": template, "tp": config.tp}
         (draft / "model.json").write_text(json.dumps(head | {"spec": spec.to_json()}, indent=1), encoding="utf-8")
         write_engine_toml(draft / "engine.toml", config, config.tp)
         _replace(draft, dst)
+    except OSError as e:
+        raise WorkspaceError(f"{dst} cannot be written ({e}): free some space or choose another --dst-path.") from None
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return dst
@@ -228,3 +230,8 @@ def _replace(draft: Path, dst: Path) -> None:
         dst.rename(old)
     draft.rename(dst)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def remembered_template(folder: Path) -> str | None:
+    """The chat template's name that was given to `convert`; None for checkpoints and where none was given."""
+    return open_workspace(folder).template if is_workspace(folder) else None
