@@ -8,6 +8,7 @@ from fake_device import FakeDevice, expected, request
 
 from pagoda.engine.blocks import BlockPool
 from pagoda.engine.prefix import PrefixCache
+from pagoda.engine.schedule import StepResult
 from pagoda.engine.scheduler import Scheduler, SchedulerConfig
 from pagoda.errors import OverloadedError, PromptTooLongError, RequestError, SessionBusyError
 
@@ -150,6 +151,10 @@ def test_stop_token_ends_and_is_not_in_the_answer():
     assert engine.ends["a"] == "stop"
     (late,) = engine.run(request("b", [1, 2], max_tokens=50, stop_ids=(stop,), min_tokens=9))
     assert len(late) >= 9 and stop not in late[:9]
+    scheduler = Scheduler(SchedulerConfig(1, 8, 4, 9, 20))
+    scheduler.add(request("c", [1], stop_ids=(5,), min_tokens=1, max_tokens=9))
+    ends = [scheduler.digest(scheduler.schedule(), StepResult([5]))[0].finish_reason for _ in range(2)]
+    assert ends == [None, "stop"]
 
 
 def test_a_row_in_flight_of_an_ended_request_is_void_and_its_slot_reusable():
@@ -194,6 +199,11 @@ def test_names_need_equal_tokens_salt_variant_and_key():
     assert cache.match([], cache.root("a", 0), [1, 2], 1) == cache.match([], cache.root("", 1), [1, 2], 1) == []
     assert cache.match([], root, [1, 3], 1) == []
     assert cache.match(list(names), root, [1, 3], 1) == [], "tokens are compared even when the name is the same"
+    for first in ([1, 2], [9, 9]):
+        chain: list[bytes] = []
+        for i, block in enumerate((first[0] * 10, first[0] * 10 + 1)):
+            cache.put(block, i, chain, root, [*first, 3, 4])
+    assert cache.match([], root, [1, 2, 3, 4], 2) == [5, 11] and cache.match([], root, [9, 9, 3, 4], 2) == [90, 91]
     assert PrefixCache(2, key=b"l").root("", 0) != root and PrefixCache(2).root("", 0) != PrefixCache(2).root("", 0)
 
 

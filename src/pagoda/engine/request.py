@@ -4,7 +4,16 @@ from typing import Literal
 
 from msgspec import Struct
 
+from pagoda.errors import RequestError
+
 FinishReason = Literal["stop", "length", "abort", "error"]
+
+# Widths of device tensors that hold one request's lists.
+MAX_STOP_IDS = 64
+MAX_LOGIT_BIAS = 1024
+MAX_BAD_WORDS = 128
+MAX_BAD_WORD_LEN = 16
+MAX_LOGPROBS = 20
 
 
 class SamplingParams(Struct, frozen=True, omit_defaults=True):
@@ -33,6 +42,25 @@ class SamplingParams(Struct, frozen=True, omit_defaults=True):
     logit_bias: dict[int, float] = {}
     bad_words: tuple[tuple[int, ...], ...] = ()
     grammar: str | None = None
+
+
+def check_sizes(params: SamplingParams) -> None:
+    """Raise `RequestError` for lists that are longer than the device holds."""
+    for name, size, most in (
+        ("stop_ids", len(params.stop_ids), MAX_STOP_IDS),
+        ("logit_bias", len(params.logit_bias), MAX_LOGIT_BIAS),
+        ("bad_words", len(params.bad_words), MAX_BAD_WORDS),
+        ("bad_words", max(map(len, params.bad_words), default=0), MAX_BAD_WORD_LEN),
+        ("logprobs", params.logprobs or 0, MAX_LOGPROBS),
+        ("prompt_logprobs", params.prompt_logprobs or 0, MAX_LOGPROBS),
+    ):
+        if size > most:
+            what = "a word of " if name == "bad_words" and most == MAX_BAD_WORD_LEN else ""
+            raise RequestError(f"{name} has {what}{size} tokens or entries: at most {most} are possible.", name)
+    if params.max_tokens < 1:
+        raise RequestError(f"max_tokens is {params.max_tokens}: it must be 1 or more.", "max_tokens")
+    if not all(params.bad_words):
+        raise RequestError("bad_words has an empty word: leave it out.", "bad_words")
 
 
 class EngineRequest(Struct):

@@ -13,7 +13,7 @@ from msgspec import Struct
 from pagoda.engine.blocks import BlockPool
 from pagoda.engine.metrics import Counters, EngineStats
 from pagoda.engine.prefix import PrefixCache
-from pagoda.engine.request import EngineRequest, FinishReason, Output, TokenLogprobs
+from pagoda.engine.request import EngineRequest, FinishReason, Output, TokenLogprobs, check_sizes
 from pagoda.engine.schedule import Row, Schedule, SlotInit, StepResult
 from pagoda.engine.sessions import Sessions
 from pagoda.errors import OverloadedError, PagodaError, PromptTooLongError, RequestError
@@ -126,8 +126,7 @@ class Scheduler:
         params, session_id = request.params, request.session_id
         if request.id in self._live:
             raise RequestError(f"The request id {request.id!r} is in use: choose another.", "id")
-        if params.max_tokens < 1:
-            raise RequestError(f"max_tokens is {params.max_tokens}: it must be 1 or more.", "max_tokens")
+        check_sizes(params)
         if len(self._waiting) >= self.config.max_queued:
             raise OverloadedError(f"{len(self._waiting)} requests wait already, the most allowed: try again later.")
         self.sessions.expire()
@@ -300,8 +299,9 @@ class Scheduler:
             return self._finish(seq, output, "stop", len(seq.tokens))
         seq.tokens.append(token)
         output.token_ids = [token]
-        if params.logprobs is not None and result.logprobs is not None and result.logprobs[at] is not None:
-            output.logprobs = [result.logprobs[at]]
+        logprobs = result.logprobs[at] if result.logprobs is not None else None
+        if params.logprobs is not None and logprobs is not None:
+            output.logprobs = [TokenLogprobs(logprobs.token, logprobs.logprob, logprobs.top[: params.logprobs])]
         return self._finish(seq, output, "length", len(seq.tokens)) if len(seq.tokens) == seq.limit else output
 
     # ---- ends --------------------------------------------------------------------------------------------------
