@@ -2,12 +2,20 @@
 interpreter.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from attention_cases import poison, random_cache, random_tables, relative
 
 from pagoda.kernels.decode_attention import decode_attention_launch, decode_attention_reference
 from pagoda.kernels.kv_pack import read_kv
+from pagoda.kernels.prefill_attention import (
+    PrefillTile,
+    prefill_attention_launch,
+    prefill_attention_reference,
+    tile_for,
+)
 from pagoda.kernels.rope_cache import rope_and_write_launch, rope_and_write_reference
 from pagoda.layers.kv_schemes import KV_SCHEMES, StaticRanges
 
@@ -71,6 +79,39 @@ def test_decode(scheme, heads, kv_heads, dim, block_len, window, softcap, target
         assert relative(out, want.double()) < LIMIT[dtype]
     assert not out[1].any()
     assert not cache.counters.any()
+
+
+PREFILL = [
+    ("none", 4, 2, 32, 64, 0, 0.0, 1),
+    ("none", 3, 1, 80, 16, 9, 0.0, 1),
+    ("none", 6, 6, 16, 16, 0, 5.0, 2),
+    ("none", 7, 1, 32, 16, 20, 0.0, 2),
+    ("int8", 4, 2, 32, 16, 0, 0.0, 1),
+    ("static", 3, 1, 80, 64, 9, 5.0, 1),
+    ("fp8", 4, 2, 32, 16, 0, 0.0, 1),
+    ("int4", 4, 2, 32, 16, 0, 0.0, 1),
+    ("int4", 3, 1, 80, 64, 9, 5.0, 1),
+    ("none", 4, 1, 256, 64, 0, 0.0, 1),
+]
+
+
+@pytest.mark.parametrize("case", PREFILL, ids=lambda case: "-".join(map(str, case)))
+def test_prefill(case, dtype, device):
+    scheme, heads, kv_heads, dim, block_len, window, softcap, key_blocks = case
+    query_lens, kv_lens = [3, 0, 33, 1, 16], [3, 5, 50, 33, 75]
+    table = random_tables(kv_lens, 6, 20, block_len, device)
+    cache = poison(make_cache(scheme, 20, kv_heads, dim, block_len, dtype, device), kv_lens, table)
+    starts = torch.tensor([0, *query_lens]).cumsum(0).int().to(device)
+    q = torch.randn(sum(query_lens), heads, dim, device=device).to(dtype)
+    lens = torch.tensor(kv_lens, dtype=torch.int32, device=device)
+    tensors, options = (cache, starts, lens, table), (dim**-0.5, window, softcap)
+    if device.type == "cuda":
+        tile = replace(tile_for(q, cache), key_blocks=key_blocks)
+    else:
+        tile = PrefillTile(rows=16, key_blocks=key_blocks)
+    out = prefill_attention_launch(q, *tensors, *options, tile=tile)
+    want = prefill_attention_reference(q.float(), *tensors, max(query_lens), *options)
+    assert relative(out, want.double()) < LIMIT[dtype]
 
 
 ROPE = [

@@ -4,11 +4,16 @@ well.
 Letters: T tokens of the step, R rows, H query heads, K kv heads, D head_dim, B blocks a row (table width).
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from pagoda.kernels.decode_attention import gather_kv, softcapped
+from pagoda.kernels.cache_codes import load_codes, load_meta, normalised, softmax_step
+from pagoda.kernels.decode_attention import gather_kv, kernel_takes, softcapped
+from pagoda.kernels.decode_parts import cache_arrays, score_constants, tile_sizes
 from pagoda.kernels.kv_pack import LayerCache
+from pagoda.kernels.triton_env import INTERPRETED, gdc_launch_dependents, gdc_wait, jit, next_power_of_2, tl
 
 QUERY_TILE = 256  # queries of one score matrix of the reference: bounds its memory
 
@@ -51,6 +56,229 @@ def prefill_attention_reference(
     return out_THD
 
 
+@jit
+def row_of_tile(tile, query_start, R, RP: tl.constexpr, BQ: tl.constexpr):
+    """The row that owns a tile, and the tile's number within it. Row r's tiles begin at query_start[r] // BQ + r: rows
+    never share one, and there are at most T // BQ + R.
+    """
+    r = tl.arange(0, RP)
+    first = tl.load(query_start + r, mask=r < R, other=0) // BQ + r
+    row = tl.sum(((first <= tile) & (r < R)).to(tl.int32), 0) - 1
+    return row, tile - (tl.load(query_start + row) // BQ + row)
+
+
+@jit
+def sweep_keys(
+    q,
+    q_high,
+    q_sum,
+    arrays,
+    table,
+    head,
+    n0,
+    n1,
+    position,
+    kv_len,
+    state,
+    score_scale,
+    cap,
+    K: tl.constexpr,
+    BL: tl.constexpr,
+    BN: tl.constexpr,
+    W: tl.constexpr,
+    WP: tl.constexpr,
+    SCHEME: tl.constexpr,
+    STATIC: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    MASK: tl.constexpr,
+    STAGES: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    """Keys n0 .. n1 - 1 (n0 a multiple of BN) into the running softmax. Without MASK every query sees them all."""
+    k, v, k_scale, v_scale, k_zero, v_zero = arrays
+    m, l, acc, acc_high = state
+    rn = tl.arange(0, BN)
+    for n in tl.range(n0, n1, BN, num_stages=STAGES):
+        ok = n + rn < kv_len
+        if BN == BL:
+            cell = tl.load(table + n // BL).to(tl.int64) * K + head
+            t = rn
+        else:  # a tile of several blocks (16 bit)
+            cell = tl.load(table + (n + rn) // BL, mask=ok | (not MASK), other=0).to(tl.int64) * K + head
+            t = rn % BL
+        kk, vv = load_codes(k, v, cell, t, ok, BL, W, WP, SCHEME, MASK)
+        ks, kz = load_meta(k_scale, k_zero, cell, head, t, ok, BL, SCHEME, STATIC)
+        vs, vz = load_meta(v_scale, v_zero, cell, head, t, ok, BL, SCHEME, STATIC)
+        seen = (n + rn)[None, :] <= position[:, None]
+        if WINDOW:
+            seen &= (n + rn)[None, :] > position[:, None] - WINDOW
+        tile = (kk, vv, ks, kz, vs, vz, seen)
+        if SCHEME == "int4":
+            m, l, acc, acc_high = softmax_step(
+                q, q_high, q_sum, tile, m, l, acc, acc_high, score_scale, cap, SCHEME, STATIC, SOFTCAP, MASK, FAST
+            )
+        else:
+            m, l, acc, _ = softmax_step(
+                q, q_high, q_sum, tile, m, l, acc, acc, score_scale, cap, SCHEME, STATIC, SOFTCAP, MASK, FAST
+            )
+    if SCHEME != "int4":
+        acc_high = acc
+    return m, l, acc, acc_high
+
+
+@jit(do_not_specialize=["R", "B"])
+def _prefill_kernel(
+    q,
+    k,
+    v,
+    k_scale,
+    v_scale,
+    k_zero,
+    v_zero,
+    table,
+    query_start,
+    kv_lens,
+    out,
+    score_scale,
+    cap,
+    R,
+    B,
+    K: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    BL: tl.constexpr,
+    W: tl.constexpr,
+    WP: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BQ: tl.constexpr,
+    RP: tl.constexpr,
+    SCHEME: tl.constexpr,
+    STATIC: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    STAGES: tl.constexpr,
+    FAST: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """One program: BQ queries of one row times the G heads of one kv head, as a tile of BM rows (BQ * G <= BM)."""
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
+    head = tl.program_id(0)
+    tile = tl.num_programs(1) - 1 - tl.program_id(1)  # later tiles have more keys: start them first
+    row, mine = row_of_tile(tile, query_start, R, RP, BQ)
+    begin = tl.load(query_start + row)
+    num = tl.load(query_start + row + 1) - begin
+    kv_len = tl.load(kv_lens + row)
+    token = mine * BQ
+    if token >= num:
+        return
+    rm = tl.arange(0, BM)
+    rw = tl.arange(0, WP)
+    mine_ok = (rm < BQ * G) & (token + rm // G < num)
+    at = ((begin + token + rm // G).to(tl.int64) * (K * G) + head * G + rm % G)[:, None] * D + rw[None, :]
+    inside = mine_ok[:, None] & (rw < W)[None, :]
+    dtype: tl.constexpr = tl.float16 if SCHEME != "none" and q.dtype.element_ty != tl.float32 else q.dtype.element_ty
+    q_low = tl.load(q + at, mask=inside, other=0.0).to(dtype)
+    q_high = q_low
+    q_sum = tl.sum(q_low.to(tl.float32), 1) if SCHEME == "int4" or STATIC else tl.zeros([BM], tl.float32)
+    if SCHEME == "int4":
+        q_high = tl.load(q + at + W, mask=inside, other=0.0).to(dtype)
+        q_sum += tl.sum(q_high.to(tl.float32), 1)
+    behind = kv_len - num + token  # position of the tile's first query
+    stop = tl.minimum(kv_len, behind + BQ)
+    zero = tl.zeros([BM, WP], tl.float32)
+    state = (tl.full([BM], -1.0e30, tl.float32), tl.zeros([BM], tl.float32), zero, zero)
+    arrays = (k, v, k_scale, v_scale, k_zero, v_zero)
+    table += row.to(tl.int64) * B
+    position = behind + rm // G
+    full = (behind + 1) // BN * BN  # keys before it are seen by every query, if there is no window
+    first = tl.maximum(behind - WINDOW + 1, 0) // BN * BN if WINDOW else 0
+    state = sweep_keys(
+        q_low, q_high, q_sum, arrays, table, head, first, full, position, kv_len, state, score_scale, cap,
+        K, BL, BN, W, WP, SCHEME, STATIC, WINDOW, SOFTCAP, WINDOW > 0, STAGES, FAST,
+    )  # fmt: skip
+    state = sweep_keys(
+        q_low, q_high, q_sum, arrays, table, head, full, stop, position, kv_len, state, score_scale, cap,
+        K, BL, BN, W, WP, SCHEME, STATIC, WINDOW, SOFTCAP, True, STAGES, FAST,
+    )  # fmt: skip
+    _, l, acc, acc_high = state
+    tl.store(out + at, normalised(acc, l, SCHEME).to(out.dtype.element_ty), mask=inside)
+    if SCHEME == "int4":
+        tl.store(out + at + W, normalised(acc_high, l, SCHEME).to(out.dtype.element_ty), mask=inside)
+
+
+@dataclass(frozen=True)
+class PrefillTile:
+    """Rows of a query tile, blocks of a key tile, warps and stages of the kernel."""
+
+    rows: int = 128
+    key_blocks: int = 1
+    num_warps: int = 8
+    num_stages: int = 3
+
+
+def tile_for(q_THD: Tensor, cache: LayerCache) -> PrefillTile:
+    """For Hopper; what does not fit its shared memory or registers is halved."""
+    wide = cache.head_dim > 128
+    if q_THD.dtype == torch.float32:
+        return PrefillTile(rows=32, num_warps=4, num_stages=1)
+    return PrefillTile(num_stages=2 if wide else 3)
+
+
+def prefill_attention_launch(
+    q_THD: Tensor,
+    cache: LayerCache,
+    query_start_R1: Tensor,
+    kv_len_R: Tensor,
+    block_table_RB: Tensor,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    early_launch: bool = False,
+    tile: PrefillTile | None = None,
+) -> Tensor:
+    """The Triton kernel."""
+    tokens, heads = q_THD.shape[:2]
+    rows, width = block_table_RB.shape
+    out_THD = torch.empty_like(q_THD)
+    tile = tile or tile_for(q_THD, cache)
+    assert tile.key_blocks == 1 or cache.scheme == "none"
+    sizes = tile_sizes(cache, heads // cache.num_kv_heads)
+    for unused in ("DP", "GP", "BH"):
+        sizes.pop(unused)
+    tile_rows = max(tile.rows, next_power_of_2(sizes["G"]))
+    queries = tile_rows // sizes["G"]
+    _prefill_kernel[(cache.num_kv_heads, tokens // queries + rows)](
+        q_THD,
+        *cache_arrays(cache),
+        block_table_RB,
+        query_start_R1,
+        kv_len_R,
+        out_THD,
+        *score_constants(scale, softcap),
+        rows,
+        width,
+        **sizes,
+        BM=tile_rows,
+        BN=tile.key_blocks * cache.block_len,
+        BQ=queries,
+        RP=next_power_of_2(rows),
+        SCHEME=cache.scheme,
+        STATIC=cache.static,
+        WINDOW=window,
+        SOFTCAP=softcap > 0,
+        STAGES=tile.num_stages,
+        FAST=not INTERPRETED,
+        EARLY=early_launch,
+        num_warps=tile.num_warps,
+        **({"launch_pdl": True} if early_launch and not INTERPRETED else {}),
+    )
+    return out_THD
+
+
 def prefill_attention(
     q_THD: Tensor,
     cache: LayerCache,
@@ -61,12 +289,18 @@ def prefill_attention(
     scale: float,
     window: int = 0,
     softcap: float = 0.0,
+    early_launch: bool = False,
 ) -> Tensor:
     """-> out [T, H, D] in q's dtype, new memory. Row r owns queries query_start[r] .. query_start[r+1] - 1 (at most
     max_query_len of them, none is allowed): the last tokens of its kv_len_R[r] cached ones. Query i of n sees keys up
     to position kv_len - n + i, and of these the last `window` (0: all). Queries of no row (past query_start[R]) come
     out zero on a CPU and undefined on a GPU. query_start [R + 1] int32, kv_len [R] int32, block_table [R, B] int32;
-    scale and softcap as in `decode_attention`.
+    scale, softcap and early_launch as in `decode_attention`. On a GPU the grid depends on shapes alone, and nothing
+    waits for the host.
     """
+    if kernel_takes(q_THD, cache):
+        assert block_table_RB.stride(1) == 1 and q_THD.is_contiguous()
+        tensors = (q_THD, cache, query_start_R1, kv_len_R, block_table_RB)
+        return prefill_attention_launch(*tensors, scale, window, softcap, early_launch)
     args = (query_start_R1, kv_len_R, block_table_RB, max_query_len, scale, window, softcap)
     return prefill_attention_reference(q_THD, cache, *args)
