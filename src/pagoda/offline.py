@@ -15,7 +15,8 @@ from pagoda.engine.client import EngineClient, Ticket, start_engine
 from pagoda.engine.params import read_generation_defaults, sampling_params
 from pagoda.engine.request import EngineRequest, Output, TokenLogprobs
 from pagoda.errors import EngineError, RequestError
-from pagoda.models.loader import resolve_model, text_folder
+from pagoda.models.find import resolve_model, text_folder
+from pagoda.models.workspace import remembered_template
 from pagoda.text.grammar import compile_grammar
 from pagoda.text.stream import TextStream
 from pagoda.text.template import ChatTemplate, load_template
@@ -111,7 +112,7 @@ class Pipeline:
         folder = resolve_model(str(model))
         text = text_folder(folder)
         self.tokenizer: Tokenizer = load_tokenizer(text)
-        self._template_name, self._text_folder = chat_template, text
+        self._template_name, self._text_folder = chat_template or remembered_template(folder), text
         self._template: ChatTemplate | None = None
         self._defaults = read_generation_defaults(text)
         self.engine: EngineClient = start_engine(folder, config or EngineConfig(), inline, progress)

@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import subprocess
+import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -12,11 +15,13 @@ from safetensors.torch import load_file
 from pagoda.config import EngineConfig
 from pagoda.errors import CheckpointError, WorkspaceError
 from pagoda.layers.parallel import Group
-from pagoda.models import workspace as room
+from pagoda.models import convert
+from pagoda.models.convert import write_workspace
 from pagoda.models.loader import load_model, resolve_model, resolve_spec, text_folder
 from pagoda.models.local_weights import LocalMatrix, open_weights
 from pagoda.models.safetensors_file import SafetensorsWriter
-from pagoda.models.workspace import LocalWorkspace, is_workspace, open_workspace, write_workspace
+from pagoda.models.workspace import is_workspace, open_workspace, remembered_template
+from pagoda.models.workspace_weights import LocalWorkspace
 
 CPU = torch.device("cpu")
 CONFIG = EngineConfig()
@@ -68,7 +73,7 @@ def test_a_workspace_gives_the_tensors_of_its_checkpoint(family, size, tmp_path)
 
 def test_loading_from_both_is_the_same(checkpoint, tmp_path):
     dst = write_workspace(checkpoint, tmp_path / "workspace", CONFIG, template="internlm-chat-7b")
-    assert open_workspace(dst).template == "internlm-chat-7b"
+    assert remembered_template(dst) == "internlm-chat-7b" and remembered_template(checkpoint) is None
     spec, config = resolve_spec(dst, CONFIG)
     one, two = (load_model(f, spec, config, CPU, torch.float32, Group.single()) for f in (checkpoint, dst))
     assert torch.equal(one.embed, two.embed) and torch.equal(one.norm, two.norm)
@@ -219,8 +224,6 @@ def test_a_workspace_cannot_be_converted_again(checkpoint, tmp_path):
 def test_convert_streams(checkpoint, tmp_path, monkeypatch):
     """While one matrix is written, no other of the model's is held by the writer."""
     alive: list[int] = []
-    import weakref
-
     watched: list[weakref.ref] = []
     add = SafetensorsWriter.add
 
@@ -229,6 +232,11 @@ def test_convert_streams(checkpoint, tmp_path, monkeypatch):
         alive.append(sum(r() is not None for r in watched))
         add(self, name, tensor)
 
-    monkeypatch.setattr(room.SafetensorsWriter, "add", counting)
+    monkeypatch.setattr(convert.SafetensorsWriter, "add", counting)
     write_workspace(checkpoint, tmp_path / "workspace", CONFIG)
     assert len(alive) > 10 and max(alive) <= 3
+
+
+def test_finding_a_model_needs_no_torch():
+    code = "import sys, pagoda.models.find, pagoda.models.workspace; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -1,0 +1,107 @@
+"""Writing a workspace: to a folder beside the target that is renamed at the end, so it is whole or not there."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from pagoda.config import EngineConfig
+from pagoda.errors import WorkspaceError
+from pagoda.models.engine_toml import VERSION, write_engine_toml
+from pagoda.models.local_weights import LocalTensor, LocalWeights, open_weights
+from pagoda.models.safetensors_file import SafetensorsWriter
+from pagoda.models.spec import read_spec
+from pagoda.models.workspace import MARK, is_workspace, rank_file
+
+OWN_ENTRIES = ("model.json", "engine.toml", "tokenizer", "weights")
+TEXT_FILES = ("*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja", "additional_chat_templates/*.jinja")
+
+
+def write_workspace(
+    model: Path,
+    dst: Path,
+    config: EngineConfig,
+    template: str | None = None,
+    progress: Callable[[float], None] | None = None,
+) -> Path:
+    """Convert the checkpoint folder `model`, cut for `config.tp` ranks, and return `dst`. `template`: the chat
+    template's name to remember. An existing `dst` is replaced only if it is a workspace of our own making; on any error
+    nothing is left behind and `dst` is as it was. Overrides of rope and log-n stay settings, they are not baked in."""
+    if is_workspace(model):
+        raise WorkspaceError(f"{model} is a workspace already: convert the original checkpoint.")
+    spec = read_spec(model, config.replace(rope_scaling_factor=0.0, use_logn_attn=None))
+    check_target(dst)
+    draft = dst.parent / f".{dst.name}.{os.getpid()}.partial"
+    shutil.rmtree(draft, ignore_errors=True)
+    try:
+        (draft / "weights").mkdir(parents=True)
+        for rank in range(config.tp):
+            share = None if progress is None else (lambda p, r=rank: progress((r + p) / config.tp))
+            weights = open_weights(model, spec, config, rank, config.tp, torch.device("cpu"))
+            _write_rank(rank_file(draft, rank, config.tp), weights, share)
+        _copy_text(model, draft / "tokenizer")
+        head = {MARK: VERSION, "source": model.resolve().name, "template": template, "tp": config.tp}
+        (draft / "model.json").write_text(json.dumps(head | {"spec": spec.to_json()}, indent=1), encoding="utf-8")
+        write_engine_toml(draft / "engine.toml", config, config.tp)
+        _replace(draft, dst)
+    except OSError as e:
+        raise WorkspaceError(f"{dst} cannot be written ({e}): free some space or choose another --dst-path.") from None
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return dst
+
+
+def _write_rank(path: Path, items: LocalWeights, progress: Callable[[float], None] | None) -> None:
+    """One rank's tensors, in the order in which they stream."""
+    writer = SafetensorsWriter(path, max_tensors=5 * len(items))
+    try:
+        for i, item in enumerate(items):
+            if isinstance(item, LocalTensor):
+                writer.add(item.name, item.tensor)
+            else:
+                bias = {} if item.bias is None else {"bias": item.bias}
+                for suffix, tensor in (item.tensors | bias).items():
+                    writer.add(f"{item.name}.{suffix}", tensor)
+            if progress is not None:
+                progress((i + 1) / len(items))
+    finally:
+        writer.close()
+
+
+def _copy_text(model: Path, folder: Path) -> None:
+    """Tokenizer, template, config.json and generation_config.json; no code and no weights' index."""
+    folder.mkdir()
+    for pattern in TEXT_FILES:
+        for path in sorted(model.glob(pattern)):
+            if path.is_file() and not path.name.endswith(".index.json"):
+                target = folder / path.relative_to(model)
+                target.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, target)
+
+
+def check_target(dst: Path) -> None:
+    """WorkspaceError unless `dst` is free, empty, or a workspace of ours that holds nothing else."""
+    if dst.is_symlink() or (dst.exists() and not dst.is_dir()):
+        raise WorkspaceError(f"{dst} is not a folder: choose another --dst-path.")
+    if not dst.exists() or not any(dst.iterdir()):
+        return
+    if not is_workspace(dst):
+        raise WorkspaceError(
+            f"{dst} exists and is not a Pagoda workspace: choose another --dst-path, or remove it yourself."
+        )
+    strange = sorted(p.name for p in dst.iterdir() if p.name not in OWN_ENTRIES)
+    if strange:
+        raise WorkspaceError(f"{dst} also holds {strange[0]}, which Pagoda did not write: move it away first.")
+
+
+def _replace(draft: Path, dst: Path) -> None:
+    """Put the finished draft in the target's place; the old one is removed only afterwards."""
+    check_target(dst)
+    old = draft.with_suffix(".old")
+    if dst.exists():
+        dst.rename(old)
+    draft.rename(dst)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,70 @@
+"""One rank's tensors of a workspace, mapped, as they were written."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from torch import Tensor
+
+from pagoda.errors import WorkspaceError
+from pagoda.models.local_weights import LocalMatrix, LocalTensor
+from pagoda.models.safetensors_file import SafetensorsFile
+from pagoda.models.spec import ModelSpec
+from pagoda.models.workspace import open_workspace, rank_file
+
+ROLES = {
+    "attention.w_qkv": "qkv",
+    "attention.wo": "o",
+    "ffn.w_gate_up": "gate_up",
+    "ffn.w_down": "down",
+    "head": "head",
+}
+
+
+class LocalWorkspace:
+    """Iterating gives every LocalMatrix and LocalTensor of one rank's file, as they were written. Strict: names that
+    are missing or left over raise WorkspaceError."""
+
+    def __init__(self, folder: Path, spec: ModelSpec, rank: int, size: int):
+        tp = open_workspace(folder).settings["tp"]
+        if tp != size:
+            raise WorkspaceError(
+                f"{folder} is cut for tp {tp}: run it with --tp {tp}, or convert again with --tp {size}."
+            )
+        self.spec, self.shape = spec, spec.shard(rank, size)
+        self.path = rank_file(folder, rank, size)
+        if not self.path.is_file():
+            raise WorkspaceError(f"{self.path} does not exist: convert the checkpoint again.")
+        self._file = SafetensorsFile(self.path)
+        self._parts: dict[str, dict[str, Tensor]] = {}
+        for name in sorted(self._file.names):
+            module, _, suffix = name.rpartition(".")
+            self._parts.setdefault(module, {})[suffix] = self._file.get(name)
+        wanted = set(_module_names(spec))
+        if wanted != set(self._parts):
+            odd = min(wanted ^ set(self._parts))
+            raise WorkspaceError(f"{self.path} and model.json differ in {odd}: convert the checkpoint again.")
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def __iter__(self) -> Iterator[LocalMatrix | LocalTensor]:
+        for module, parts in self._parts.items():
+            role = ROLES.get(module.split(".", 2)[-1] if module.startswith("layers.") else module)
+            if role is None:
+                yield LocalTensor(f"{module}.weight", parts["weight"])
+                continue
+            parts = dict(parts)
+            bias = parts.pop("bias", None)
+            scheme = "dense" if set(parts) == {"weight"} or self.spec.quant is None else self.spec.quant.scheme
+            local_k = {"o": self.shape.num_heads * self.spec.head_dim, "down": self.shape.ffn_size}
+            yield LocalMatrix(module, role, scheme, parts, bias, local_k.get(role, self.spec.hidden_size))
+
+
+def _module_names(spec: ModelSpec) -> Iterator[str]:
+    """Canonical modules of a spec."""
+    yield from ("embed", "norm", *([] if spec.tied_embeddings else ["head"]))
+    kinds = [k for k in ROLES if k != "head"] + ["attention_norm", "ffn_norm"]
+    kinds += ["attention.q_norm", "attention.k_norm"] if spec.qk_norm else []
+    kinds += ["attention_post_norm", "ffn_post_norm"] if spec.post_norms else []
+    for layer in range(spec.num_layers):
+        yield from (f"layers.{layer}.{kind}" for kind in kinds)
