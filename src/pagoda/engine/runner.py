@@ -59,9 +59,8 @@ def pick_dtype(config: EngineConfig, spec: ModelSpec) -> torch.dtype:
 class InFlight:
     """A launched step whose tokens may still be on their way to the host."""
 
-    schedule: Schedule
     sampled: Sampled
-    num_sampled: int
+    sampling: list[SlotInit]  # the tenants of the rows that sample
     prompt_rows: list[tuple[Row, torch.Tensor]]
     event: torch.cuda.Event | None
 
@@ -134,16 +133,18 @@ class Runner:
             sampled = sampled.to_host(len(slots))
             event = torch.cuda.Event()
             event.record()
-        self._in_flight.append(InFlight(schedule, sampled, len(slots), prompt_rows, event))
+        self._in_flight.append(InFlight(sampled, [self._inits[slot] for slot in slots], prompt_rows, event))
 
     def collect(self) -> StepResult:
         """Wait for the oldest launched step and read its tokens."""
         step = self._in_flight.popleft()
         if step.event is not None:
             step.event.synchronize()
-        count = step.num_sampled
-        tokens = step.sampled.token_R[:count].tolist()
+        tokens = step.sampled.token_R[: len(step.sampling)].tolist()
         logprobs = step.sampled.read_logprobs(tokens)
+        for init, entry in zip(step.sampling, logprobs or (), strict=False):
+            if entry is not None:  # a step computes as many as its most curious row wants
+                del entry.top[init.params.logprobs or 0 :]
         prompt = {row.slot: _read_prompt(row, packed) for row, packed in step.prompt_rows}
         return StepResult(tokens=tokens, logprobs=logprobs, prompt_logprobs=prompt)
 
