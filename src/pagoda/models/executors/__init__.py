@@ -37,6 +37,7 @@ def make_executor(
     """The fastest executor for this device that takes this program."""
     from pagoda.models.executors.cpu import make_cpu_executor
     from pagoda.models.executors.eager import EagerExecutor
+    from pagoda.models.executors.gpu import GpuExecutor
 
     why_eager = ""
     if device.type == "cpu":
@@ -44,4 +45,6 @@ def make_executor(
         if not isinstance(made, str):
             return made
         why_eager = made
+    if device.type == "cuda":
+        return GpuExecutor(program, config, device, dtype, group)
     return EagerExecutor(program, config, device, dtype, group, why_eager)

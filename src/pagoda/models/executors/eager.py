@@ -29,7 +29,8 @@ ROW_PARALLEL = ("o", "down")
 
 @dataclass
 class Frame:
-    """What one forward carries from op to op: the two registers and the facts of the step."""
+    """What one forward carries from op to op: the two registers and the facts of the step. `early`: kernels may start
+    before the one ahead of them has ended, and wait for it inside (GPU)."""
 
     step: StepInput
     cos_TP: Tensor
@@ -37,6 +38,7 @@ class Frame:
     q_scale_T: Tensor | None
     h: Tensor
     x: Tensor
+    early: bool = False
 
 
 class EagerExecutor:
@@ -95,11 +97,11 @@ class EagerExecutor:
         """One step through the model; keys and values go to the cache -> logits [L, V], float32, soft cap applied."""
         return self._walk(self.program.ops, step)
 
-    def _walk(self, program_ops: tuple[Any, ...], step: StepInput) -> Tensor:
+    def _walk(self, program_ops: tuple[Any, ...], step: StepInput, early: bool = False) -> Tensor:
         spec = self.program.spec
         cos_TP, sin_TP = self.rope.angles(step.position_T, step.rope_len_T)
         q_scale_T = logn_scale(step.position_T, spec.logn_len) if spec.logn_len else None
-        f = Frame(step, cos_TP, sin_TP, q_scale_T, h=step.token_T, x=step.token_T)
+        f = Frame(step, cos_TP, sin_TP, q_scale_T, h=step.token_T, x=step.token_T, early=early)
         for op in program_ops:
             self.handlers[type(op)](op, f)
         return f.x
@@ -119,14 +121,14 @@ class EagerExecutor:
         p = self.program
         f.x = rope_and_write(
             f.x, f.cos_TP, f.sin_TP, f.step.slot_T, self.caches[op.layer], p.num_heads, p.num_kv_heads, p.spec.head_dim,
-            op.q_norm_D, op.k_norm_D, op.eps, f.q_scale_T,
+            op.q_norm_D, op.k_norm_D, op.eps, f.q_scale_T, early_launch=f.early,
         )  # fmt: skip
 
     def _attend(self, op: ops.Attend, f: Frame) -> None:
         step, spec, cache = f.step, self.program.spec, self.caches[op.layer]
         how = (spec.attn_scale, op.window, spec.attn_softcap)
         if step.decode:
-            out = decode_attention(f.x, cache, step.kv_len_R, step.block_table_RB, *how)
+            out = decode_attention(f.x, cache, step.kv_len_R, step.block_table_RB, *how, early_launch=f.early)
         else:
             out = prefill_attention(
                 f.x, cache, step.query_start_R1, step.kv_len_R, step.block_table_RB, step.max_query_len, *how

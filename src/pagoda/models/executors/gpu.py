@@ -1,0 +1,123 @@
+"""The step program on a GPU: the list is rewritten into fused kernels, where one exists for these rows and weights.
+
+A rewrite never changes what is computed, only how many kernels it takes; what no rule takes runs as `eager` runs it.
+A decode step of few rows becomes six kernels a layer, launched early (programmatic dependent launch).
+Legend: T tokens of a step, R rows, L logit rows, V vocabulary.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pagoda.config import EngineConfig
+from pagoda.kernels.rms_norm import rms_norm
+from pagoda.layers.linear import Linear
+from pagoda.layers.linear import Norm as InputNorm
+from pagoda.layers.parallel import Group
+from pagoda.models.decoder import Add, Gate, Head, Norm, Op, Project, StepInput, StepProgram
+from pagoda.models.executors.eager import EagerExecutor, Frame
+
+MAX_PLANNED_ROWS = 256  # steps of more rows share one plan
+
+
+@dataclass(frozen=True, eq=False)
+class FusedProject:
+    """x = act(linear(x)), of norm(h) instead of x where `norm` is given; `residual`: h = h + that."""
+
+    linear: Linear
+    norm: InputNorm | None = None
+    act: str | None = None
+    residual: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class AddNorm:
+    """h = h + x; x = rms_norm(h)."""
+
+    norm: Norm
+
+
+@dataclass(frozen=True, eq=False)
+class NormHead:
+    """Norm and Head: one kernel or two, by the number of wanted rows."""
+
+    norm: InputNorm
+    head: Head
+
+
+class GpuExecutor(EagerExecutor):
+    """Plans are made once for each number of rows; a step only looks its plan up."""
+
+    def __init__(
+        self, program: StepProgram, config: EngineConfig, device: torch.device, dtype: torch.dtype, group: Group
+    ):
+        super().__init__(program, config, device, dtype, group)
+        self._hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+        self._plans: dict[tuple[int, bool], tuple[Any, ...]] = {}
+        self.handlers |= {FusedProject: self._fused_project, AddNorm: self._add_norm, NormHead: self._norm_head}
+
+    def describe(self) -> str:
+        kernels = (len(self.plan(1, True)) - 3) // self.program.spec.num_layers  # less embedding, row choice and head
+        name = torch.cuda.get_device_name(self.device)
+        return f"fused kernels on {name}, {str(self.dtype).removeprefix('torch.')}, {kernels} a layer at one row"
+
+    @torch.no_grad()
+    def forward(self, step: StepInput) -> Tensor:
+        return self._walk(self.plan(step.token_T.shape[0], step.decode), step, early=step.decode and self._hopper)
+
+    def plan(self, rows: int, decode: bool) -> tuple[Any, ...]:
+        """The operations of a step of that many tokens."""
+        key = (rows if rows <= MAX_PLANNED_ROWS else MAX_PLANNED_ROWS + 1, decode)
+        if key not in self._plans:
+            self._plans[key] = self._rewrite(*key)
+        return self._plans[key]
+
+    def _rewrite(self, rows: int, decode: bool) -> tuple[Any, ...]:
+        ops, plan, at = self.program.ops, [], 0
+        while at < len(ops):
+            fused, taken = self._rule(list(ops[at : at + 4]), rows)
+            plan.append(fused)
+            at += taken
+        return tuple(plan)
+
+    def _rule(self, ahead: list[Op], rows: int) -> tuple[Any, int]:
+        """The first rule that fits the operations ahead: what replaces them, and how many of them."""
+        alone = self.group.size == 1
+        match ahead:
+            case [Norm() as n, Project(linear), Gate(act), *_] if linear.fuses(rows, norm=True, act=act):
+                return FusedProject(linear, InputNorm(n.weight_C, n.eps), act), 3
+            case [Norm() as n, Project(linear), *_] if linear.fuses(rows, norm=True):
+                return FusedProject(linear, InputNorm(n.weight_C, n.eps)), 2
+            case [Norm() as n, Head() as head, *_]:
+                return NormHead(InputNorm(n.weight_C, n.eps), head), 2
+            case [Project(linear), Gate(act), *_] if linear.fuses(rows, act=act):
+                return FusedProject(linear, act=act), 2
+            case [Project(linear), Add(), *_] if alone and linear.fuses(rows, residual=True):
+                return FusedProject(linear, residual=True), 2
+            case [Add(), Norm() as n, *_] if self._rule(ahead[1:], rows)[0] is n:
+                return AddNorm(n), 2
+            case _:
+                return ahead[0], 1
+
+    def _fused_project(self, op: FusedProject, f: Frame) -> None:
+        x = f.x if op.norm is None else f.h
+        h = f.h if op.residual else None
+        y = op.linear(x, norm=op.norm, act=op.act, residual=h, out=h, pdl=f.early)
+        if op.residual:
+            f.h = y
+        else:
+            f.x = y
+
+    def _add_norm(self, op: AddNorm, f: Frame) -> None:
+        f.x, f.h = rms_norm(f.x, op.norm.weight_C, op.norm.eps, residual_TC=f.h, out_sum=f.h)
+
+    def _norm_head(self, op: NormHead, f: Frame) -> None:
+        linear, rows, norm = op.head.linear, f.h.shape[0], op.norm
+        if not linear.fuses(rows, norm=True):
+            f.h, norm = rms_norm(f.h, norm.weight_K, norm.eps), None
+        out = None
+        if linear.fuses(rows, norm=norm is not None):  # these kernels round to any type, so to float32 at once
+            out = torch.empty(rows, linear.out_features, dtype=torch.float32, device=self.device)
+        f.x = self._finish_logits(op.head, linear(f.h, norm=norm, out=out, pdl=f.early))
