@@ -55,13 +55,16 @@ def small_linear_reference(x_TK: Tensor, w_NK: Tensor, extras: Extras) -> Tensor
 
 @jit
 def tile_rows(pid, N, BN: tl.constexpr, GLU: tl.constexpr):
-    """The matrix rows of output tile pid: BN in a run, or BN/2 gate rows and their BN/2 up rows."""
+    """(rows, which exist) of output tile pid: BN in a run, or BN/2 gate rows and their BN/2 up rows."""
     r = tl.arange(0, BN)
     if GLU:
-        rows = tl.where(r < BN // 2, 0, N // 2 - BN // 2) + pid * (BN // 2) + r
+        gate = pid * (BN // 2) + r % (BN // 2)
+        rows = gate + tl.where(r < BN // 2, 0, N // 2)
+        ok = gate < N // 2
     else:
         rows = pid * BN + r
-    return rows
+        ok = rows < N
+    return rows, ok
 
 
 @jit
@@ -82,35 +85,33 @@ def meet(acc, part, count, tile, ps, BN: tl.constexpr, BM: tl.constexpr, SPLIT: 
 @jit
 def finish_tile(
     acc, y, bias, res, rm, M, pid, N,
-    BN: tl.constexpr, BM: tl.constexpr, ACT: tl.constexpr, RES: tl.constexpr, BIAS: tl.constexpr,
+    BN: tl.constexpr, BM: tl.constexpr, GLU: tl.constexpr, ACT: tl.constexpr, RES: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
     """Bias, activation, residual and store of a [BN, BM] float32 tile whose rows are `tile_rows`."""
+    rows, ok = tile_rows(pid, N, BN, GLU)
+    width = N
     if BIAS:
-        rows = tile_rows(pid, N, BN, ACT != "")
-        acc += tl.load(bias + rows, mask=rows < N, other=0.0).to(tl.float32)[:, None]
+        acc += tl.load(bias + rows, mask=ok, other=0.0).to(tl.float32)[:, None]
     if ACT != "":
         gate, up = tl.split(tl.permute(tl.reshape(acc, [2, BN // 2, BM]), [1, 2, 0]))
-        out = activate(gate, ACT) * up
+        acc = activate(gate, ACT) * up
         width = N // 2
-        ro = pid * (BN // 2) + tl.arange(0, BN // 2)
-    else:
-        out = acc
-        width = N
-        ro = pid * BN + tl.arange(0, BN)
-    mask = (ro < width)[:, None] & (rm < M)[None, :]
-    at = rm.to(tl.int64)[None, :] * width + ro[:, None]
+        rows = pid * (BN // 2) + tl.arange(0, BN // 2)
+        ok = rows < width
+    mask = ok[:, None] & (rm < M)[None, :]
+    at = rm.to(tl.int64)[None, :] * width + rows[:, None]
     if RES:
-        out += tl.load(res + at, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y + at, out.to(y.dtype.element_ty), mask=mask)
+        acc += tl.load(res + at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y + at, acc.to(y.dtype.element_ty), mask=mask)
 
 
 @jit
-def load_weights(wp, rows, k, rk, N, K, EVEN: tl.constexpr):
+def load_weights(wp, ok, k, rk, K, EVEN: tl.constexpr):
     """One [BN, BK] tile at column k; nothing but this matrix wants these bytes again soon."""
     if EVEN:
         w = tl.load(wp + k, eviction_policy="evict_first")
     else:
-        mask = (rows < N)[:, None] & (k + rk < K)[None, :]
+        mask = ok[:, None] & (k + rk < K)[None, :]
         w = tl.load(wp + k, mask=mask, other=0.0, eviction_policy="evict_first")
     return w
 
@@ -147,9 +148,9 @@ def _gemv_kernel(
     START: tl.constexpr = BK if PDL else 0
     if PDL:
         # weights do not depend on the previous kernel: they are asked for before waiting for it
-        w0 = load_weights(wp, rn, 0, rk, N, K, EVEN)
+        w0 = load_weights(wp, rn < N, 0, rk, K, EVEN)
         if ACT != "":
-            u0 = load_weights(up, rn, 0, rk, N, K, EVEN)
+            u0 = load_weights(up, rn < N, 0, rk, K, EVEN)
         gdc_launch_dependents()
         gdc_wait()
         xv, xg = _load_row(x, gain, 0, rk, K, NORM, EVEN)
@@ -158,9 +159,9 @@ def _gemv_kernel(
             acc2 += u0.to(tl.float32) * xg[None, :]
         ssq += xv * xv
     for k in tl.range(START, K, BK, loop_unroll_factor=UNROLL):
-        wv = load_weights(wp, rn, k, rk, N, K, EVEN)
+        wv = load_weights(wp, rn < N, k, rk, K, EVEN)
         if ACT != "":
-            uv = load_weights(up, rn, k, rk, N, K, EVEN)
+            uv = load_weights(up, rn < N, k, rk, K, EVEN)
         xv, xg = _load_row(x, gain, k, rk, K, NORM, EVEN)
         acc += wv.to(tl.float32) * xg[None, :]
         if ACT != "":
@@ -194,7 +195,7 @@ def _dot_kernel(
     pid = tl.program_id(0)
     ps = tl.program_id(1)
     pm = tl.program_id(2)
-    rows = tile_rows(pid, N, BN, ACT != "")
+    rows, ok = tile_rows(pid, N, BN, ACT != "")
     rm = pm * BM + tl.arange(0, BM)
     rk = tl.arange(0, BK)
     per = tl.cdiv(tl.cdiv(K, BK), SPLIT) * BK
@@ -211,7 +212,7 @@ def _dot_kernel(
     for k in tl.range(k0, k1, BK, num_stages=STAGES):
         mask = xmask if EVEN else xmask & (k + rk < K)[None, :]
         xv = tl.load(xp + k, mask=mask, other=0.0)
-        wv = load_weights(wp, rows, k, rk, N, K, EVEN)
+        wv = load_weights(wp, ok, k, rk, K, EVEN)
         if NORM:
             xf = xv.to(tl.float32)
             ssq += xf * xf
@@ -224,7 +225,7 @@ def _dot_kernel(
     if last:
         if NORM:
             acc *= tl.rsqrt(tl.sum(ssq, 1) / K + eps)[None, :]
-        finish_tile(acc, y, bias, res, rm, M, pid, N, BN, BM, ACT, RES, BIAS)
+        finish_tile(acc, y, bias, res, rm, M, pid, N, BN, BM, ACT != "", ACT, RES, BIAS)
 
 
 # (N, K, act) of the measured shapes; each won inside a whole step under early launch
