@@ -38,10 +38,17 @@ class Norm(NamedTuple):
 
 class Linear:
     """A packed matrix, ready to multiply. `tensors` is the scheme's packed form, `bias` [N] or None in the activations'
-    dtype; `counters` are the fused kernels' arrival counters: zero between launches, one stream at a time."""
+    dtype (`dtype`); `counters` are the fused kernels' arrival counters: zero between launches, one stream at a time."""
 
     def __init__(
-        self, role: str, scheme: str, tensors: Tensors, bias: Tensor | None, out_features: int, in_features: int
+        self,
+        role: str,
+        scheme: str,
+        tensors: Tensors,
+        bias: Tensor | None,
+        out_features: int,
+        in_features: int,
+        dtype: torch.dtype,
     ):
         assert role in ROLES
         self.role = role
@@ -50,6 +57,7 @@ class Linear:
         self.bias = bias
         self.out_features = out_features
         self.in_features = in_features
+        self.dtype = dtype
         device = next(iter(tensors.values())).device
         self.counters = torch.zeros(MAX_COUNTERS, dtype=torch.int32, device=device) if device.type == "cuda" else None
 
@@ -69,7 +77,7 @@ class Linear:
         out_features = next(iter(canonical.values())).shape[0]
         packed = SCHEMES[scheme]().pack(canonical, role, torch.device(device), dtype)
         bias = None if bias is None else bias.to(device=device, dtype=dtype)
-        return cls(role, scheme, packed, bias, out_features, in_features)
+        return cls(role, scheme, packed, bias, out_features, in_features, dtype)
 
     def __call__(
         self,
