@@ -80,7 +80,8 @@ class Model(nn.Module):
             cache.k[layer, :, :, past : past + t], cache.v[layer, :, :, past : past + t] = k, v
             k, v = cache.k[layer, :, :, : past + t], cache.v[layer, :, :, : past + t]
             reach = torch.ones(t, past + t, dtype=torch.bool, device=k.device).tril(past)
-            mask = reach & cache.valid_BT[:, None, None, : past + t]
+            own = torch.ones_like(reach).triu(past)  # padding sees itself, so that no row of the softmax is empty
+            mask = reach & (cache.valid_BT[:, None, None, : past + t] | own)
         group = self.heads // self.kv_heads
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)

@@ -1,6 +1,7 @@
 """Packed training rows, made by worker processes while training runs and kept on the device once they are there."""
 
 import multiprocessing
+import os
 from functools import partial
 from pathlib import Path
 
@@ -9,6 +10,12 @@ from documents import TRAINED, make_shard
 from torch import Tensor
 
 SHARD_ROWS = 512
+
+
+def _yield_cores() -> None:
+    """In each maker: no thread pool of the tokenizer's, and way for the process that trains and compiles."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.nice(10)
 
 
 class Rows:
@@ -20,7 +27,7 @@ class Rows:
     def __init__(
         self, folder: Path, seed: int, row_len: int, num_shards: int, workers: int, first_shard: int, shard_rows: int
     ) -> None:
-        self._pool = multiprocessing.get_context("fork").Pool(workers)
+        self._pool = multiprocessing.get_context("fork").Pool(workers, initializer=_yield_cores)
         make = partial(make_shard, str(folder), seed, shard_rows, row_len)
         self._made = self._pool.imap_unordered(make, range(first_shard, first_shard + num_shards))
         self._shape, self._shard_rows = (num_shards * shard_rows, row_len + 1), shard_rows

@@ -98,7 +98,7 @@ def _tool_filler(rng: Random, tools: dict) -> Exchange:
     """Something that none of the tools is for."""
     while True:
         part = small_talk(rng) if rng.random() < 0.3 else _single(rng)
-        if part.task not in ("add", "subtract", "multiply", "divide", "working", "unknown"):
+        if part.task != "unknown" and ("calculator" not in tools or part.task not in (*_SUMS, "working")):
             return part
 
 
@@ -124,13 +124,13 @@ def dialogue(rng: Random) -> list[Message]:
     dice = rng.random()
     if dice < 0.13:
         return _tool_dialogue(rng)
-    if dice < 0.28:
+    if dice < 0.31:
         return _flatten(_system(rng), [SINGLE[rng.choice(_SUMS)][0](rng) for _ in range(rng.randrange(2, 13))])
-    if dice < 0.45:
+    if dice < 0.47:
         return _flatten(_system(rng), _memory_parts(rng))
     memory: dict[str, str] = {}
     language = _language(rng)
-    if dice < 0.52:
+    if dice < 0.53:
         return _flatten(_system(rng), [small_talk(rng)] if rng.random() < 0.7 else [tell_story(rng)])
     num_turns = rng.choice((1, 1, 1, 1, 2, 2, 3, 4, 5, 6, 8, 12))
     return _flatten(_system(rng), [_filler(rng, memory, language) for _ in range(num_turns)])
