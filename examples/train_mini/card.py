@@ -18,8 +18,8 @@ def training_section(log: dict) -> str:
             f"- parameters: {log['parameters'] / 1e6:.2f} million",
             f"- device: {log['device']}, torch {log['torch']}",
             f"- command: `{log['command']}`",
-            f"- {log['tokens'] / 1e6:.0f} million tokens in {log['steps']} steps and {log['seconds']:.0f} s "
-            f"({log['tokens'] / log['seconds'] / 1e6:.2f} million tokens/s); {log['total_seconds']:.0f} s with start-up and evaluation",
+            f"- {log['tokens'] / 1e6:.0f} million tokens in {log['steps']} steps and {log['seconds']:.0f} s",
+            f"- {log['tokens'] / log['seconds'] / 1e6:.2f} million tokens/s; {log['total_seconds']:.0f} s in all",
             f"- {log['distinct_rows']} rows seen once, {log['repeated_rows']} drawn again",
             f"- loss on what the assistant says: {log['curve'][0][2]} at the first step, {last[2]} at step {last[0]}",
         ]
