@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pagoda.config import EngineConfig
 from pagoda.errors import DeviceError
-from pagoda.models.spec import ModelSpec
+from pagoda.models.spec import ModelSpec, session_len
 
 
 @dataclass(frozen=True)
@@ -55,16 +55,6 @@ def workspace_bytes(spec: ModelSpec, config: EngineConfig, dtype_bytes: int) -> 
     tokens = max(config.max_prefill_token_num, config.max_batch_size)
     width = 4 * spec.hidden_size + 3 * spec.ffn_size + (spec.num_heads * 2 + 2 * spec.num_kv_heads) * spec.head_dim
     return tokens * width * dtype_bytes // config.tp + 3 * 4 * config.max_batch_size * spec.vocab_size
-
-
-def session_len(spec: ModelSpec, config: EngineConfig) -> int:
-    """The configured length, else the model's own, at most 32768."""
-    if config.session_len is not None:
-        return config.session_len
-    longest = float(spec.max_position)
-    if config.rope_scaling_factor >= 1:
-        longest *= config.rope_scaling_factor
-    return min(int(longest), 32768)
 
 
 def host_free_bytes() -> int:

@@ -21,6 +21,7 @@ __all__ = [
     "QuantSpec",
     "RopeSpec",
     "read_spec",
+    "session_len",
     "spec_from_config",
     "spec_from_json",
     "with_overrides",
@@ -117,6 +118,16 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} is not a JSON object: download it again.")
     return values
+
+
+def session_len(spec: ModelSpec, config: EngineConfig) -> int:
+    """The configured length, else the model's own, at most 32768."""
+    if config.session_len is not None:
+        return config.session_len
+    longest = float(spec.max_position)
+    if config.rope_scaling_factor >= 1:
+        longest *= config.rope_scaling_factor
+    return min(int(longest), 32768)
 
 
 def read_spec(folder: Path, config: EngineConfig) -> ModelSpec:

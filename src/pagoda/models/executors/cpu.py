@@ -18,7 +18,7 @@ from pagoda.layers.parallel import Group
 from pagoda.layers.rope import Rope, logn_scale
 from pagoda.models import decoder as ops
 from pagoda.models.decoder import StepInput, StepProgram
-from pagoda.models.executors.eager import DEFAULT_SESSION_LEN
+from pagoda.models.spec import session_len
 
 UNIT = 16  # tokens of the cache that lie together
 # The only shape of layer that the table has; the post norms may be absent.
@@ -90,7 +90,7 @@ class CpuExecutor:
         self.threads = config.num_threads or default_threads()
         self.kv_kind = I8 if config.quant_policy == "int8" else KINDS[dtype]
         self.width = -(-spec.head_dim // 16) * 16
-        self.rope = Rope(spec.rope, config.session_len or min(spec.max_position, DEFAULT_SESSION_LEN), device)
+        self.rope = Rope(spec.rope, session_len(spec, config), device)
         self.context = StepContext(load(self.variant))
         self._keep: list[Any] = []  # what the tables point to
         layers = cut_layers(program)

@@ -22,8 +22,8 @@ from pagoda.layers.parallel import Group
 from pagoda.layers.rope import Rope, logn_scale
 from pagoda.models import decoder as ops
 from pagoda.models.decoder import StepInput, StepProgram
+from pagoda.models.spec import session_len
 
-DEFAULT_SESSION_LEN = 32768
 ROW_PARALLEL = ("o", "down")
 
 
@@ -58,7 +58,7 @@ class EagerExecutor:
     ):
         spec = program.spec
         self.program, self.config, self.device, self.dtype, self.group = program, config, device, dtype, group
-        self.rope = Rope(spec.rope, config.session_len or min(spec.max_position, DEFAULT_SESSION_LEN), device)
+        self.rope = Rope(spec.rope, session_len(spec, config), device)
         self.reason = f" ({reason})" if reason else ""
         self.caches: list[LayerCache] = []
         self.handlers: dict[type, Callable[[Any, Frame], None]] = {
