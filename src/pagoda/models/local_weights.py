@@ -4,7 +4,6 @@ This is the road both of loading and of converting: the loader packs what comes 
 """
 
 import dataclasses
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -192,15 +191,14 @@ class LocalWeights:
             rows = F.normalize(rows.float(), dim=1).to(rows.dtype)
         return LocalMatrix("head", "head", "dense", {"weight": rows}, None, spec.hidden_size)
 
-    def _part(self, part: Part, k: int, group_unit: int) -> tuple[str, Tensors]:
-        """(scheme, canonical tensors) of one module, whole. `group_unit`: groups of inputs must divide it."""
+    def _part(self, part: Part, k: int) -> tuple[str, Tensors]:
+        """(scheme, canonical tensors) of one module, whole."""
         quant = self.spec.quant
         if not stored_quantized(self.spec, part.module):
             weight = self._take(f"{part.module}.weight", (part.rows, k))
             if quant is None or not quant.covers(part.module):
                 return "dense", {"weight": weight}
-            group = next((g for g in (128, 64, 32) if group_unit % g == 0), 32)
-            return quant.scheme, SCHEMES[quant.scheme]().quantize(weight.to(self.device), group)
+            return quant.scheme, self._quantize(weight)
         assert quant is not None
         suffixes = [s for s in self._suffixes[part.module] if s != "bias"]
         foreign = {s: self.source.get(f"{part.module}.{s}").to(self.device) for s in suffixes}
@@ -210,10 +208,16 @@ class LocalWeights:
             raise CheckpointError(f"The matrix {part.module} has {rows} rows where config.json calls for {part.rows}.")
         return quant.scheme, canonical
 
+    def _quantize(self, weight_NK: Tensor) -> Tensors:
+        """Round to nearest on the device, in the largest groups that divide K."""
+        assert self.spec.quant is not None
+        group = next((g for g in (128, 64, 32) if weight_NK.shape[1] % g == 0), 32)
+        return SCHEMES[self.spec.quant.scheme]().quantize(weight_NK.to(self.device), group)
+
     def _columns(self, name: str, role: str, parts: list[Part], pieces: list[Piece], bias: bool) -> LocalMatrix:
         """A column parallel matrix: the rank's rows of its parts."""
         k = self.spec.hidden_size
-        loaded = [self._part(part, k, k) for part in parts]
+        loaded = [self._part(part, k) for part in parts]
         schemes = {scheme for scheme, _ in loaded}
         if len(schemes) > 1:
             raise CheckpointError(
@@ -230,9 +234,14 @@ class LocalWeights:
         """A row parallel matrix: the rank's inputs. Its bias is whole on rank 0 and absent elsewhere, so that the sum
         over the ranks holds it once."""
         rank, size = self.shape.rank, self.shape.size
-        scheme, canonical = self._part(part, k, math.gcd(k, local_k))
-        if size > 1:
-            canonical = SCHEMES[scheme]().shard(canonical, role, rank, size, local_k)
+        quant = self.spec.quant
+        if size > 1 and local_k % 32 and quant is not None and quant.method == "online" and quant.scheme == "int4":
+            weight = {"weight": self._take(f"{part.module}.weight", (part.rows, k))}  # no group would end at the cut
+            weight = SCHEMES["dense"]().shard(weight, role, rank, size, local_k)
+            scheme, canonical = quant.scheme, self._quantize(weight["weight"])
+        else:
+            scheme, canonical = self._part(part, k)
+            canonical = SCHEMES[scheme]().shard(canonical, role, rank, size, local_k) if size > 1 else canonical
         tensors = {key: t.to(self.device) for key, t in canonical.items()}
         whole = self._take(f"{part.module}.bias", (part.rows,)).to(self.device) if bias and rank == 0 else None
         return LocalMatrix(name, role, scheme, tensors, whole, local_k)

@@ -36,6 +36,8 @@ class SafetensorsFile:
                 self._size = os.fstat(f.fileno()).st_size
                 self._header = self._read_header(f)
                 self._map = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
+                if hasattr(mmap, "MADV_WILLNEED"):
+                    self._map.madvise(mmap.MADV_WILLNEED)  # read ahead while tensors are taken one by one
         except OSError as e:
             raise CheckpointError(f"{path} cannot be opened ({e.strerror}): check that the file is there.") from None
         self.names = frozenset(self._header)
