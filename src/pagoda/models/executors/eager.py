@@ -61,18 +61,6 @@ class EagerExecutor:
         self.rope = Rope(spec.rope, session_len(spec, config), device)
         self.reason = f" ({reason})" if reason else ""
         self.caches: list[LayerCache] = []
-        self.handlers: dict[type, Callable[[Any, Frame], None]] = {
-            ops.Embed: self._embed,
-            ops.Norm: self._norm,
-            ops.Project: self._project,
-            ops.RopeWrite: self._rope_write,
-            ops.Attend: self._attend,
-            ops.Gate: self._gate,
-            ops.PostNorm: self._post_norm,
-            ops.Add: self._add,
-            ops.TakeRows: self._take_rows,
-            ops.Head: self._head,
-        }
 
     def describe(self) -> str:
         return f"op by op in torch on {self.device}, {str(self.dtype).removeprefix('torch.')}{self.reason}"
@@ -103,7 +91,7 @@ class EagerExecutor:
         q_scale_T = logn_scale(step.position_T, spec.logn_len) if spec.logn_len else None
         f = Frame(step, cos_TP, sin_TP, q_scale_T, h=step.token_T, x=step.token_T, early=early)
         for op in program_ops:
-            self.handlers[type(op)](op, f)
+            self.HANDLERS[type(op)](self, op, f)
         return f.x
 
     def _embed(self, op: ops.Embed, f: Frame) -> None:
@@ -156,3 +144,16 @@ class EagerExecutor:
         if op.softcap:
             logits_LV = torch.tanh(logits_LV / op.softcap) * op.softcap
         return logits_LV
+
+    HANDLERS: dict[type, Callable[[Any, Any, Frame], None]] = {
+        ops.Embed: _embed,
+        ops.Norm: _norm,
+        ops.Project: _project,
+        ops.RopeWrite: _rope_write,
+        ops.Attend: _attend,
+        ops.Gate: _gate,
+        ops.PostNorm: _post_norm,
+        ops.Add: _add,
+        ops.TakeRows: _take_rows,
+        ops.Head: _head,
+    }

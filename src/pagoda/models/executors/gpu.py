@@ -56,7 +56,6 @@ class GpuExecutor(EagerExecutor):
         super().__init__(program, config, device, dtype, group)
         self._hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
         self._plans: dict[tuple[int, bool], tuple[Any, ...]] = {}
-        self.handlers |= {FusedProject: self._fused_project, AddNorm: self._add_norm, NormHead: self._norm_head}
 
     def describe(self) -> str:
         kernels = (len(self.plan(1, True)) - 3) // self.program.spec.num_layers  # less embedding, row choice and head
@@ -121,3 +120,5 @@ class GpuExecutor(EagerExecutor):
         if linear.fuses(rows, norm=norm is not None):  # these kernels round to any type, so to float32 at once
             out = torch.empty(rows, linear.out_features, dtype=torch.float32, device=self.device)
         f.x = self._finish_logits(op.head, linear(f.h, norm=norm, out=out, pdl=f.early))
+
+    HANDLERS = EagerExecutor.HANDLERS | {FusedProject: _fused_project, AddNorm: _add_norm, NormHead: _norm_head}
