@@ -158,7 +158,7 @@ class PenaltyState:
 
     def set_slot(self, init: SlotInit, upload) -> None:
         prompt, generated = init.history[: init.num_prompt], init.history[init.num_prompt :]
-        self.prompt_SV[init.slot].zero_()[upload(np.unique(np.array(prompt, np.int64)))] = True
+        self.prompt_SV[init.slot].zero_().index_fill_(0, upload(np.unique(np.array(prompt, np.int64))), True)
         token, count = np.unique(np.array(generated, np.int64), return_counts=True)
         self.count_SV[init.slot].zero_()[upload(token)] = upload(count.astype(np.int16))
 
