@@ -11,7 +11,7 @@ from pagoda.config import EngineConfig
 from pagoda.kernels.small_linear import small_linear_reference
 from pagoda.layers.parallel import Group
 from pagoda.layers.schemes.dense import Dense
-from pagoda.models.decoder import Add, Attend, Norm, PostNorm, Project, RopeWrite, build_program
+from pagoda.models.decoder import Add, Attend, Norm, PostNorm, Project, RopeWrite, TakeRows, build_program
 from pagoda.models.executors import make_executor
 from pagoda.models.executors.eager import EagerExecutor
 from pagoda.models.executors.gpu import AddNorm, FusedProject, GpuExecutor, NormHead
@@ -68,6 +68,16 @@ def test_a_llama_layer_of_few_rows_is_six_kernels(every_rule_fires):
 def test_norms_after_a_block_keep_the_sum_apart(every_rule_fires):
     kinds = [type(op) for op in executor(GpuExecutor, "gemma2").plan(4, decode=True)[1:10]]
     assert kinds == [FusedProject, RopeWrite, Attend, Project, PostNorm, Add, FusedProject, Project, PostNorm]
+
+
+def test_a_sum_goes_into_the_next_norm_where_that_is_a_kernel_of_its_own(monkeypatch):
+    """As with 33 to 64 rows: extras pay, the bare product and the norm before it do not."""
+    monkeypatch.setattr(
+        Dense, "fuses", lambda self, rows, linear, norm, act, residual: not norm and bool(act or residual)
+    )
+    kinds = [type(op) for op in executor(GpuExecutor, "llama").plan(48, decode=True)]
+    assert kinds[1:9] == [Norm, Project, RopeWrite, Attend, Project, AddNorm, FusedProject, Project]
+    assert kinds[-3:] == [FusedProject, TakeRows, NormHead]  # no norm follows the last layer's sum at once
 
 
 def test_large_steps_fuse_only_the_sum_with_the_next_norm():

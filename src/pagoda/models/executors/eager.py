@@ -101,7 +101,7 @@ class EagerExecutor:
         f.x = rms_norm(f.h, op.weight_C, op.eps)
 
     def _project(self, op: ops.Project, f: Frame) -> None:
-        f.x = op.linear(f.x)
+        f.x = op.linear(f.x, pdl=f.early)
         if op.linear.role in ROW_PARALLEL:
             f.x = self.group.all_reduce_(f.x)
 

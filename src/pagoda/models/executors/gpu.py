@@ -76,7 +76,7 @@ class GpuExecutor(EagerExecutor):
     def _rewrite(self, rows: int, decode: bool) -> tuple[Any, ...]:
         ops, plan, at = self.program.ops, [], 0
         while at < len(ops):
-            fused, taken = self._rule(list(ops[at : at + 4]), rows)
+            fused, taken = self._rule(list(ops[at : at + 5]), rows)
             plan.append(fused)
             at += taken
         return tuple(plan)
@@ -93,12 +93,18 @@ class GpuExecutor(EagerExecutor):
                 return NormHead(InputNorm(n.weight_C, n.eps), head), 2
             case [Project(linear), Gate(act), *_] if linear.fuses(rows, act=act):
                 return FusedProject(linear, act=act), 2
-            case [Project(linear), Add(), *_] if alone and linear.fuses(rows, residual=True):
+            case [Project(linear), Add(), *_] if alone and self._takes_sum(linear, ahead[1:], rows):
                 return FusedProject(linear, residual=True), 2
             case [Add(), Norm() as n, *_] if self._rule(ahead[1:], rows)[0] is n:
                 return AddNorm(n), 2
             case _:
                 return ahead[0], 1
+
+    def _takes_sum(self, linear: Linear, after: list[Op], rows: int) -> bool:
+        """Whether the residual sum goes into the kernel of the matrix. Where the next norm would take it for nothing,
+        only if that kernel is the faster product anyway."""
+        free = isinstance(self._rule(after, rows)[0], AddNorm)
+        return linear.fuses(rows, residual=True) and (linear.fuses(rows) or not free)
 
     def _fused_project(self, op: FusedProject, f: Frame) -> None:
         x = f.x if op.norm is None else f.h
