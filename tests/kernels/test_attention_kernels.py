@@ -2,6 +2,7 @@
 interpreter.
 """
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from attention_cases import poison, random_cache, random_tables, relative
 
 from pagoda.kernels.decode_attention import decode_attention_launch, decode_attention_reference
+from pagoda.kernels.decode_attention_fused import decode_attention_fused_launch
 from pagoda.kernels.kv_pack import read_kv
 from pagoda.kernels.prefill_attention import (
     PrefillTile,
@@ -153,6 +155,45 @@ def test_rope_and_write(scheme, heads, kv_heads, dim, pairs, norm, dtype, device
         fp8 = 0.01 if device.type == "cuda" else 0.08
         step = {"none": LIMIT[dtype], "int8": 0.003, "static": 0.02, "fp8": fp8, "int4": 0.04}[scheme]
         assert relative(got, expected.double()) < step
+
+
+FUSED = [
+    ("none", 4, 2, 32, 64, 0, 0.0, 16, False),
+    ("none", 16, 1, 32, 16, 9, 0.0, 16, True),
+    ("int8", 4, 2, 32, 16, 0, 5.0, 8, True),
+    ("static", 4, 2, 64, 16, 0, 0.0, 32, False),
+    ("fp8", 4, 2, 32, 16, 20, 0.0, 16, True),
+    ("int4", 4, 2, 32, 16, 0, 0.0, 16, True),
+    ("int4", 3, 1, 64, 64, 9, 0.0, 32, False),
+]
+
+
+@pytest.mark.parametrize("case", FUSED, ids=lambda case: "-".join(map(str, case)))
+@pytest.mark.parametrize("target", [1, 512])
+def test_fused_decode_is_rope_then_decode(case, target, dtype, device):
+    scheme, heads, kv_heads, dim, block_len, window, softcap, pairs, norm = case
+    kv_lens = [1, 0, 17, 75]
+    table = random_tables(kv_lens, 6, 20, block_len, device)
+    cache = make_cache(scheme, 20, kv_heads, dim, block_len, dtype, device)
+    cache = poison(cache, [max(n - 1, 0) for n in kv_lens], table)
+    other = copy.deepcopy(cache)
+    last = torch.tensor([max(n - 1, 0) for n in kv_lens], device=device)
+    slot = table[torch.arange(4, device=device), last // block_len].long() * block_len + last % block_len
+    slot[1] = -1
+    angle = torch.rand(4, pairs, device=device) * 6
+    qkv = torch.randn(4, (heads + 2 * kv_heads) * dim, device=device).to(dtype)
+    gains = [(torch.rand(dim, device=device) + 0.5).to(dtype) for _ in "qk"] if norm else [None, None]
+    norms = (*gains, 1e-6, torch.rand(4, device=device) + 1 if norm else None)
+    lens = torch.tensor(kv_lens, dtype=torch.int32, device=device)
+    where, how = (angle.cos(), angle.sin(), slot), (dim**-0.5, window, softcap)
+    out = decode_attention_fused_launch(qkv, *where, cache, lens, table, *how, *norms, target=target, merge=2)
+    q = rope_and_write_launch(qkv, *where, other, heads, kv_heads, dim, *norms)
+    want = decode_attention_reference(q.float(), other, lens, table, *how).flatten(1)
+    assert relative(out, want.double()) < LIMIT[dtype] * 2
+    assert not out[1].any() and not cache.counters.any()
+    got, expected = (read_kv(c, slot[slot >= 0] // block_len) for c in (cache, other))
+    for a, b in zip(got, expected):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
 def test_every_scheme_is_here():

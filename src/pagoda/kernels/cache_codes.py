@@ -8,8 +8,6 @@ head.
 
 from pagoda.kernels.triton_env import jit, tl
 
-NEGATIVE = -1.0e30  # a masked score: finite, so that a part in which nothing is seen gives no NaN
-
 
 @jit
 def int8_to_f16(x):
@@ -127,15 +125,30 @@ def load_codes(
 
 
 @jit
+def empty_state(BH: tl.constexpr, WP: tl.constexpr, SCHEME: tl.constexpr):
+    """Running maximum, sum, product and its upper half (int4; a stand-in otherwise) of BH queries."""
+    m = tl.full([BH], -1.0e30, tl.float32)
+    l = tl.zeros([BH], tl.float32)
+    acc = tl.zeros([BH, WP], tl.float32)
+    return m, l, acc, tl.zeros([BH, WP if SCHEME == "int4" else 1], tl.float32)
+
+
+@jit
+def capped(s, score_scale, cap, SOFTCAP: tl.constexpr):
+    """Scores in base 2: s * scale * log2(e), or softcap * tanh(s * scale / softcap) * log2(e) with score_scale = 2 *
+    log2(e) * scale / softcap and cap = softcap * log2(e).
+    """
+    s *= score_scale
+    if SOFTCAP:
+        s = cap * (1.0 - 2.0 / (tl.exp2(s) + 1.0))
+    return s
+
+
+@jit
 def softmax_step(
-    q,
-    q_high,
-    q_sum,
+    queries,
     tile,
-    m,
-    l,
-    acc,
-    acc_high,
+    state,
     score_scale,
     cap,
     SCHEME: tl.constexpr,
@@ -144,12 +157,13 @@ def softmax_step(
     MASK: tl.constexpr,
     FAST: tl.constexpr,
 ):
-    """One tile of keys and values (codes, scales and zeros, the mask of what is seen) into the running maximum m, sum l
-    and product acc of a tile of queries, base 2.
-
-    score_scale is scale * log2(e), or with SOFTCAP 2 * log2(e) * scale / softcap and cap = softcap * log2(e). q_sum:
-    row sums of q where keys have zeros. A quantised cache's acc is `VALUE_GAIN` times too large (see `normalised`)."""
+    """One tile of keys and values (codes, scales and zeros, the mask of what is seen) into the running softmax of a
+    tile of queries (rows, for int4 in two halves; their sums, which keys with zeros need). A quantised cache's products
+    are 256 times too large, which keeps small ones out of float16's subnormal numbers (see `normalised`).
+    """
+    q, q_high, q_sum = queries
     kk, vv, ks, kz, vs, vz, seen = tile
+    m, l, acc, acc_high = state
     if SCHEME == "int4":
         k_low, k_high = decoded_nibbles(kk, q.dtype, FAST)
         s = tl.dot(q, k_low.T, input_precision="ieee")
@@ -160,9 +174,7 @@ def softmax_step(
         s *= ks[None, :]
     if SCHEME == "int4" or STATIC:
         s += q_sum[:, None] * kz[None, :]
-    s *= score_scale
-    if SOFTCAP:
-        s = cap * (1.0 - 2.0 / (tl.exp2(s) + 1.0))
+    s = capped(s, score_scale, cap, SOFTCAP)
     if MASK:
         s = tl.where(seen, s, -1.0e30)
     m_new = tl.maximum(m, tl.max(s, 1))
@@ -174,7 +186,7 @@ def softmax_step(
         drift = tl.sum(p * (vz * 256.0)[None, :], 1)[:, None]
         acc += drift
     if SCHEME != "none":
-        p *= (vs * 256.0)[None, :]  # VALUE_GAIN: keeps small products out of float16's subnormal numbers
+        p *= (vs * 256.0)[None, :]
     p = p.to(q.dtype)
     if SCHEME == "int4":
         v_low, v_high = decoded_nibbles(vv, q.dtype, FAST)

@@ -6,6 +6,7 @@ Letters: R rows, H query heads, K kv heads, G = H/K, D head_dim, B blocks a row 
 import torch
 from torch import Tensor
 
+from pagoda.kernels.cache_codes import empty_state
 from pagoda.kernels.decode_parts import (
     TARGET_PROGRAMS,
     attend_blocks,
@@ -126,14 +127,12 @@ def _decode_kernel(
     if SCHEME == "int4":
         q_high = tl.load(q + at + W, mask=inside, other=0.0).to(dtype)
         q_sum += tl.sum(q_high.to(tl.float32), 1)
-    zero = tl.zeros([BH, WP], tl.float32)
-    state = (tl.full([BH], -1.0e30, tl.float32), tl.zeros([BH], tl.float32), zero, zero)
     i0 = first + part * chunk
     start = tl.maximum(L - WINDOW, 0) if WINDOW else 0
     arrays = (k, v, k_scale, v_scale, k_zero, v_zero)
     state = attend_blocks(
-        q_low, q_high, q_sum, arrays, table + row.to(tl.int64) * B, head, i0, tl.minimum(i0 + chunk, end), start, L,
-        state, score_scale, cap, K, BL, W, WP, SCHEME, STATIC, SOFTCAP, STAGES, FAST,
+        (q_low, q_high, q_sum), arrays, table + row.to(tl.int64) * B, head, i0, tl.minimum(i0 + chunk, end), start, L,
+        empty_state(BH, WP, SCHEME), score_scale, cap, K, BL, W, WP, SCHEME, STATIC, SOFTCAP, STAGES, FAST,
     )  # fmt: skip
     finish_part(
         state, out, part_out, part_ml, counter, tile, part, num, G, GP, BH, D, DP, W, WP, SCHEME, SPLIT, MERGE

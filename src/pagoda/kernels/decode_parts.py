@@ -46,10 +46,34 @@ def plan_of(
 
 
 @jit
+def load_tile(
+    arrays,
+    table,
+    head,
+    i,
+    start,
+    stop,
+    K: tl.constexpr,
+    BL: tl.constexpr,
+    W: tl.constexpr,
+    WP: tl.constexpr,
+    SCHEME: tl.constexpr,
+    STATIC: tl.constexpr,
+):
+    """Block i of a row's table as `softmax_step` takes it; tokens start .. stop - 1 count."""
+    k, v, k_scale, v_scale, k_zero, v_zero = arrays
+    t = tl.arange(0, BL)
+    cell = tl.load(table + i).to(tl.int64) * K + head
+    ok = (i * BL + t >= start) & (i * BL + t < stop)
+    kk, vv = load_codes(k, v, cell, t, ok, BL, W, WP, SCHEME, True)
+    ks, kz = load_meta(k_scale, k_zero, cell, head, t, ok, BL, SCHEME, STATIC)
+    vs, vz = load_meta(v_scale, v_zero, cell, head, t, ok, BL, SCHEME, STATIC)
+    return kk, vv, ks, kz, vs, vz, ok[None, :]
+
+
+@jit
 def attend_blocks(
-    q,
-    q_high,
-    q_sum,
+    queries,
     arrays,
     table,
     head,
@@ -70,27 +94,12 @@ def attend_blocks(
     STAGES: tl.constexpr,
     FAST: tl.constexpr,
 ):
-    """Blocks i0 .. i1 - 1 of one row's table into the running softmax; tokens start .. stop - 1 count."""
-    k, v, k_scale, v_scale, k_zero, v_zero = arrays
+    """Blocks i0 .. i1 - 1 of one row's table into the running softmax."""
     m, l, acc, acc_high = state
-    t = tl.arange(0, BL)
     for i in tl.range(i0, i1, num_stages=STAGES):
-        cell = tl.load(table + i).to(tl.int64) * K + head
-        ok = (i * BL + t >= start) & (i * BL + t < stop)
-        kk, vv = load_codes(k, v, cell, t, ok, BL, W, WP, SCHEME, True)
-        ks, kz = load_meta(k_scale, k_zero, cell, head, t, ok, BL, SCHEME, STATIC)
-        vs, vz = load_meta(v_scale, v_zero, cell, head, t, ok, BL, SCHEME, STATIC)
-        tile = (kk, vv, ks, kz, vs, vz, ok[None, :])
-        if SCHEME == "int4":
-            m, l, acc, acc_high = softmax_step(
-                q, q_high, q_sum, tile, m, l, acc, acc_high, score_scale, cap, SCHEME, STATIC, SOFTCAP, True, FAST
-            )
-        else:
-            m, l, acc, _ = softmax_step(
-                q, q_high, q_sum, tile, m, l, acc, acc, score_scale, cap, SCHEME, STATIC, SOFTCAP, True, FAST
-            )
-    if SCHEME != "int4":
-        acc_high = acc
+        tile = load_tile(arrays, table, head, i, start, stop, K, BL, W, WP, SCHEME, STATIC)
+        now = (m, l, acc, acc_high)
+        m, l, acc, acc_high = softmax_step(queries, tile, now, score_scale, cap, SCHEME, STATIC, SOFTCAP, True, FAST)
     return m, l, acc, acc_high
 
 

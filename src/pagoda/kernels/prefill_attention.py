@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pagoda.kernels.cache_codes import load_codes, load_meta, normalised, softmax_step
+from pagoda.kernels.cache_codes import empty_state, load_codes, load_meta, normalised, softmax_step
 from pagoda.kernels.decode_attention import gather_kv, kernel_takes, softcapped
 from pagoda.kernels.decode_parts import cache_arrays, score_constants, tile_sizes
 from pagoda.kernels.kv_pack import LayerCache
@@ -69,9 +69,7 @@ def row_of_tile(tile, query_start, R, RP: tl.constexpr, BQ: tl.constexpr):
 
 @jit
 def sweep_keys(
-    q,
-    q_high,
-    q_sum,
+    queries,
     arrays,
     table,
     head,
@@ -114,16 +112,8 @@ def sweep_keys(
         if WINDOW:
             seen &= (n + rn)[None, :] > position[:, None] - WINDOW
         tile = (kk, vv, ks, kz, vs, vz, seen)
-        if SCHEME == "int4":
-            m, l, acc, acc_high = softmax_step(
-                q, q_high, q_sum, tile, m, l, acc, acc_high, score_scale, cap, SCHEME, STATIC, SOFTCAP, MASK, FAST
-            )
-        else:
-            m, l, acc, _ = softmax_step(
-                q, q_high, q_sum, tile, m, l, acc, acc, score_scale, cap, SCHEME, STATIC, SOFTCAP, MASK, FAST
-            )
-    if SCHEME != "int4":
-        acc_high = acc
+        now = (m, l, acc, acc_high)
+        m, l, acc, acc_high = softmax_step(queries, tile, now, score_scale, cap, SCHEME, STATIC, SOFTCAP, MASK, FAST)
     return m, l, acc, acc_high
 
 
@@ -189,19 +179,19 @@ def _prefill_kernel(
         q_sum += tl.sum(q_high.to(tl.float32), 1)
     behind = kv_len - num + token  # position of the tile's first query
     stop = tl.minimum(kv_len, behind + BQ)
-    zero = tl.zeros([BM, WP], tl.float32)
-    state = (tl.full([BM], -1.0e30, tl.float32), tl.zeros([BM], tl.float32), zero, zero)
+    state = empty_state(BM, WP, SCHEME)
+    queries = (q_low, q_high, q_sum)
     arrays = (k, v, k_scale, v_scale, k_zero, v_zero)
     table += row.to(tl.int64) * B
     position = behind + rm // G
     full = (behind + 1) // BN * BN  # keys before it are seen by every query, if there is no window
     first = tl.maximum(behind - WINDOW + 1, 0) // BN * BN if WINDOW else 0
     state = sweep_keys(
-        q_low, q_high, q_sum, arrays, table, head, first, full, position, kv_len, state, score_scale, cap,
+        queries, arrays, table, head, first, full, position, kv_len, state, score_scale, cap,
         K, BL, BN, W, WP, SCHEME, STATIC, WINDOW, SOFTCAP, WINDOW > 0, STAGES, FAST,
     )  # fmt: skip
     state = sweep_keys(
-        q_low, q_high, q_sum, arrays, table, head, full, stop, position, kv_len, state, score_scale, cap,
+        queries, arrays, table, head, full, stop, position, kv_len, state, score_scale, cap,
         K, BL, BN, W, WP, SCHEME, STATIC, WINDOW, SOFTCAP, True, STAGES, FAST,
     )  # fmt: skip
     _, l, acc, acc_high = state
@@ -244,6 +234,8 @@ def prefill_attention_launch(
     tokens, heads = q_THD.shape[:2]
     rows, width = block_table_RB.shape
     out_THD = torch.empty_like(q_THD)
+    if tokens == 0:
+        return out_THD
     tile = tile or tile_for(q_THD, cache)
     assert tile.key_blocks == 1 or cache.scheme == "none"
     sizes = tile_sizes(cache, heads // cache.num_kv_heads)
