@@ -178,14 +178,14 @@ def main() -> None:
     optimizer = Optimizer(model, args.lr_matrix, args.lr_rest)
     log = {
         "curve": [],
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python", *sys.argv]).replace(str(args.out), "DIR"),
         "parameters": sum(p.numel() for p in model.parameters()),
     }
     log["device"] = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-    log["torch"] = torch.__version__
+    log["torch"] = str(torch.__version__)
     if args.resume:
         state = torch.load(args.state, map_location=device, weights_only=True)
-        model.load_state_dict(state["model"], strict=False)
+        model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         log = {**state["log"], "resumed": True}
     args.out.mkdir(parents=True, exist_ok=True)
