@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from pagoda.config import EngineConfig
-from pagoda.errors import CheckpointError, WorkspaceError
+from pagoda.errors import CheckpointError, ModelError, WorkspaceError
 from pagoda.layers.parallel import Group
 from pagoda.models import convert
 from pagoda.models.convert import write_workspace
@@ -110,7 +110,7 @@ def test_engine_toml_is_for_a_person_to_edit(checkpoint, tmp_path, caplog):
     toml.write_text(text.replace("version = 2", "version = 1").replace('"none"', "4"))
     assert resolve_spec(dst, CONFIG)[1].quant_policy == "int8" and "quant_policy 4" in caplog.text
     toml.write_text(text.replace('"none"', "4"))
-    assert resolve_spec(dst, CONFIG)[1].quant_policy == "int4"
+    assert resolve_spec(dst, CONFIG)[1].quant_policy == "int4" and "means int4" in caplog.text
     toml.write_text(text.replace("# use_logn_attn =", "use_logn_attn = true"))
     assert resolve_spec(dst, CONFIG)[0].logn_len == 256
 
@@ -122,6 +122,7 @@ BAD_TOML = [
     ("max_batch_size = 64", "max_bach_size = 64", "max_bach_size"),
     ("max_batch_size = 64", "max_batch_size = ", "cannot be read"),
     ('quant_policy = "none"', 'quant_policy = "int3"', "quant_policy"),
+    ('quant_policy = "none"', "quant_policy = 3", "quant_policy 3"),
     ("tensor_para_size = 1", "tensor_para_size = 2", "--tp 2"),
     ("tensor_para_size = 1", 'tensor_para_size = "x"', "tp"),
 ]
@@ -219,6 +220,18 @@ def test_a_workspace_cannot_be_converted_again(checkpoint, tmp_path):
     dst = write_workspace(checkpoint, tmp_path / "workspace", CONFIG)
     with pytest.raises(WorkspaceError, match="original checkpoint"):
         write_workspace(dst, tmp_path / "other", CONFIG)
+
+
+def test_a_format_that_is_not_the_checkpoints_is_refused(checkpoint, tmp_path):
+    for given, word in (({"model_format": "awq"}, "is hf, not awq"), ({"model_format": "llama"}, "unknown")):
+        with pytest.raises(ModelError, match=word):
+            write_workspace(checkpoint, tmp_path / "workspace", CONFIG, **given)
+    config = checkpoint / "config.json"
+    quant = {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm"}
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": quant}))
+    with pytest.raises(ModelError, match="128 inputs, not 64"):
+        write_workspace(checkpoint, tmp_path / "workspace", CONFIG, model_format="awq", group_size=64)
+    assert not (tmp_path / "workspace").exists()
 
 
 def test_convert_streams(checkpoint, tmp_path, monkeypatch):

@@ -9,15 +9,31 @@ from pathlib import Path
 import torch
 
 from pagoda.config import EngineConfig
-from pagoda.errors import WorkspaceError
+from pagoda.errors import ModelError, WorkspaceError
 from pagoda.models.engine_toml import VERSION, write_engine_toml
 from pagoda.models.local_weights import LocalTensor, LocalWeights, open_weights
 from pagoda.models.safetensors_file import SafetensorsWriter
-from pagoda.models.spec import read_spec
+from pagoda.models.spec import ModelSpec, read_spec
 from pagoda.models.workspace import MARK, is_workspace, rank_file
 
 OWN_ENTRIES = ("model.json", "engine.toml", "tokenizer", "weights")
 TEXT_FILES = ("*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja", "additional_chat_templates/*.jinja")
+
+
+def check_format(spec: ModelSpec, model_format: str | None, group_size: int = 0) -> None:
+    """ModelError unless the checkpoint is what the user said it is: `hf` (not quantized), `awq` or `gptq`, in groups of
+    `group_size` (0: not said)."""
+    if model_format is None:
+        return
+    found, group = (spec.quant.method, spec.quant.group_size) if spec.quant else ("hf", 0)
+    if model_format not in ("hf", "awq", "gptq"):
+        raise ModelError(
+            f"Model format {model_format!r} is unknown: it must be hf, awq or gptq (a Hugging Face folder)."
+        )
+    if found not in (model_format, "online"):
+        raise ModelError(f"The checkpoint's format is {found}, not {model_format}: leave --model-format out.")
+    if group_size and group and group != group_size:
+        raise ModelError(f"The checkpoint's groups are of {group} inputs, not {group_size}: leave --group-size out.")
 
 
 def write_workspace(
@@ -26,13 +42,18 @@ def write_workspace(
     config: EngineConfig,
     template: str | None = None,
     progress: Callable[[float], None] | None = None,
+    *,
+    model_format: str | None = None,
+    group_size: int = 0,
 ) -> Path:
     """Convert the checkpoint folder `model`, cut for `config.tp` ranks, and return `dst`. `template`: the chat
     template's name to remember. An existing `dst` is replaced only if it is a workspace of our own making; on any error
-    nothing is left behind and `dst` is as it was. Overrides of rope and log-n stay settings, they are not baked in."""
+    nothing is left behind and `dst` is as it was. Overrides of rope and log-n stay settings, they are not baked in.
+    `model_format`, `group_size`: see `check_format`."""
     if is_workspace(model):
         raise WorkspaceError(f"{model} is a workspace already: convert the original checkpoint.")
     spec = read_spec(model, config.replace(rope_scaling_factor=0.0, use_logn_attn=None))
+    check_format(spec, model_format, group_size)
     check_target(dst)
     draft = dst.parent / f".{dst.name}.{os.getpid()}.partial"
     shutil.rmtree(draft, ignore_errors=True)

@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from pagoda.config import EngineConfig
+from pagoda.config import EngineConfig, parse_quant_policy
 from pagoda.errors import ConfigError, WorkspaceError
 from pagoda.log import get_logger
 
@@ -67,10 +67,11 @@ def read_engine_toml(path: Path) -> dict[str, Any]:
         raise WorkspaceError(
             f"{path} is of version {version!r}, this Pagoda reads up to {VERSION}: update Pagoda, or convert again."
         )
-    if version == 1 and values.get("quant_policy") in OLD_POLICY and not isinstance(values["quant_policy"], bool):
-        name = OLD_POLICY[values["quant_policy"]]
-        log.warning("%s: quant_policy %s of version 1 means %s.", path, values["quant_policy"], name)
-        values["quant_policy"] = name
+    policy = values.get("quant_policy")
+    if isinstance(policy, int) and not isinstance(policy, bool):
+        name = OLD_POLICY.get(policy) if version == 1 else None
+        values["quant_policy"] = name = name or _policy_name(path, policy)
+        log.warning("%s: quant_policy %s of version %s means %s; write the name.", path, policy, version, name)
     tp = values.pop("tensor_para_size", None)
     unknown = sorted(set(values) - set(SETTINGS))
     if unknown:
@@ -81,3 +82,10 @@ def read_engine_toml(path: Path) -> dict[str, Any]:
     except ConfigError as e:
         raise WorkspaceError(f"{path}: {e}") from None
     return {name: getattr(checked, name) for name in settings}
+
+
+def _policy_name(path: Path, number: int) -> str:
+    try:
+        return parse_quant_policy(number)
+    except ConfigError as e:
+        raise WorkspaceError(f"{path}: {e}") from None
