@@ -1,7 +1,7 @@
 """The step program on a GPU: the list is rewritten into fused kernels, where one exists for these rows and weights.
 
 A rewrite never changes what is computed, only how many kernels it takes; what no rule takes runs as `eager` runs it.
-A decode step of few rows becomes six kernels a layer, launched early (programmatic dependent launch).
+A decode step of few rows becomes five kernels a layer, launched early (programmatic dependent launch).
 Legend: T tokens of a step, R rows, L logit rows, V vocabulary.
 """
 
@@ -12,14 +12,20 @@ import torch
 from torch import Tensor
 
 from pagoda.config import EngineConfig
+from pagoda.kernels.decode_attention_fused import decode_attention_fused
 from pagoda.kernels.rms_norm import rms_norm
 from pagoda.layers.linear import Linear
 from pagoda.layers.linear import Norm as InputNorm
 from pagoda.layers.parallel import Group
-from pagoda.models.decoder import Add, Gate, Head, Norm, Op, Project, StepInput, StepProgram
+from pagoda.models.decoder import Add, Attend, Gate, Head, Norm, Op, Project, RopeWrite, StepInput, StepProgram
 from pagoda.models.executors.eager import EagerExecutor, Frame
 
 MAX_PLANNED_ROWS = 256  # steps of more rows share one plan
+MAX_FUSED_ATTENTION_ROWS = 32  # above, rope and cache write are a kernel of their own
+# When the attention kernel lets the next one start (see `decode_attention_fused`): at once where that is a product of
+# one row with 16-bit weights, which asks for its first weights meanwhile; after its own reads where it is small or
+# split, or it takes multiprocessors away.
+EARLY_AT_ONCE, EARLY_AFTER_BLOCKS = 1, 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +36,15 @@ class FusedProject:
     norm: InputNorm | None = None
     act: str | None = None
     residual: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class FusedAttend:
+    """RopeWrite and Attend of one token a row."""
+
+    rope: RopeWrite
+    attend: Attend
+    early_launch: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,12 +91,12 @@ class GpuExecutor(EagerExecutor):
     def _rewrite(self, rows: int, decode: bool) -> tuple[Any, ...]:
         ops, plan, at = self.program.ops, [], 0
         while at < len(ops):
-            fused, taken = self._rule(list(ops[at : at + 5]), rows)
+            fused, taken = self._rule(list(ops[at : at + 5]), rows, decode)
             plan.append(fused)
             at += taken
         return tuple(plan)
 
-    def _rule(self, ahead: list[Op], rows: int) -> tuple[Any, int]:
+    def _rule(self, ahead: list[Op], rows: int, decode: bool) -> tuple[Any, int]:
         """The first rule that fits the operations ahead: what replaces them, and how many of them."""
         alone = self.group.size == 1
         match ahead:
@@ -95,7 +110,10 @@ class GpuExecutor(EagerExecutor):
                 return FusedProject(linear, act=act), 2
             case [Project(linear), Add(), *_] if alone and self._takes_sum(linear, ahead[1:], rows):
                 return FusedProject(linear, residual=True), 2
-            case [Add(), Norm() as n, *_] if self._rule(ahead[1:], rows)[0] is n:
+            case [RopeWrite() as r, Attend() as a, Project(o), *_] if decode and rows <= MAX_FUSED_ATTENTION_ROWS:
+                at_once = rows == 1 and o.scheme.name == "dense"
+                return FusedAttend(r, a, EARLY_AT_ONCE if at_once else EARLY_AFTER_BLOCKS), 2
+            case [Add(), Norm() as n, *_] if self._rule(ahead[1:], rows, decode)[0] is n:
                 return AddNorm(n), 2
             case _:
                 return ahead[0], 1
@@ -103,7 +121,7 @@ class GpuExecutor(EagerExecutor):
     def _takes_sum(self, linear: Linear, after: list[Op], rows: int) -> bool:
         """Whether the residual sum goes into the kernel of the matrix. Where the next norm would take it for nothing,
         only if that kernel is the faster product anyway."""
-        free = isinstance(self._rule(after, rows)[0], AddNorm)
+        free = isinstance(self._rule(after, rows, False)[0], AddNorm)
         return linear.fuses(rows, residual=True) and (linear.fuses(rows) or not free)
 
     def _fused_project(self, op: FusedProject, f: Frame) -> None:
@@ -114,6 +132,14 @@ class GpuExecutor(EagerExecutor):
             f.h = y
         else:
             f.x = y
+
+    def _fused_attend(self, op: FusedAttend, f: Frame) -> None:
+        step, spec, rope = f.step, self.program.spec, op.rope
+        f.x = decode_attention_fused(
+            f.x, f.cos_TP, f.sin_TP, step.slot_T, self.caches[rope.layer], step.kv_len_R, step.block_table_RB,
+            spec.attn_scale, op.attend.window, spec.attn_softcap, rope.q_norm_D, rope.k_norm_D, rope.eps, f.q_scale_T,
+            op.early_launch if f.early else 0,
+        )  # fmt: skip
 
     def _add_norm(self, op: AddNorm, f: Frame) -> None:
         f.x, f.h = rms_norm(f.x, op.norm.weight_C, op.norm.eps, residual_TC=f.h, out_sum=f.h)
@@ -127,4 +153,9 @@ class GpuExecutor(EagerExecutor):
             out = torch.empty(rows, linear.out_features, dtype=torch.float32, device=self.device)
         f.x = self._finish_logits(op.head, linear(f.h, norm=norm, out=out, pdl=f.early))
 
-    HANDLERS = EagerExecutor.HANDLERS | {FusedProject: _fused_project, AddNorm: _add_norm, NormHead: _norm_head}
+    HANDLERS = EagerExecutor.HANDLERS | {
+        FusedProject: _fused_project,
+        FusedAttend: _fused_attend,
+        AddNorm: _add_norm,
+        NormHead: _norm_head,
+    }
