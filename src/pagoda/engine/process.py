@@ -90,7 +90,7 @@ class EngineLoop:
         """Launch the next step, then digest the oldest one that is due."""
         schedule = self._scheduler.schedule()
         if schedule is not None:
-            self._workers.launch(schedule, self._grammars.masks(schedule) if schedule.needs_masks else None)
+            self._workers.launch(schedule, self._grammars.masks(schedule))
             self._flights.append(schedule)
         if self._flights and (schedule is None or len(self._flights) > self._workers.run_ahead):
             oldest = self._flights.popleft()
@@ -119,7 +119,8 @@ class EngineLoop:
             self._scheduler.add(request)
             self._owner[request.id] = sender
         except PagodaError as error:
-            self._grammars.drop(request.id)
+            if request.id not in self._owner:
+                self._grammars.drop(request.id)
             refusal = Output(request.id, finish_reason="error", error=str(error), error_kind=type(error).__name__)
             self._send(sender, wire.Outputs([refusal]))
 
@@ -195,9 +196,12 @@ class Grammars:
             for token in output.token_ids:
                 matcher.accept(token)
 
-    def masks(self, schedule: Schedule) -> np.ndarray:
-        """Packed bitmasks beside the sampling rows; rows without a grammar allow everything."""
+    def masks(self, schedule: Schedule) -> np.ndarray | None:
+        """Packed bitmasks beside the sampling rows, where a step needs them; rows without a grammar allow everything.
+        Must see every schedule: a slot's tenant may arrive in one step and sample in a later one."""
         self._by_slot.update((init.slot, init.id) for init in schedule.inits)
+        if not schedule.needs_masks:
+            return None
         slots = [row.slot for row in schedule.rows if row.samples]
         mask_LW = np.full((len(slots), -(-self._vocab_size // 32)), -1, np.int32)
         for i, slot in enumerate(slots):

@@ -51,7 +51,7 @@ class Schedule(Struct):
 
 
 class StepResult(Struct):
-    """What a step yields: `tokens` and `logprobs` (at least as many as asked) stand beside the rows that sample, in the
+    """What a step yields: `tokens` and `logprobs` (None where not asked) stand beside the rows that sample, in the
     order of `Schedule.rows`; `prompt_logprobs` by slot; `errors` by slot end a request (sentence for the client)."""
 
     tokens: list[int]

@@ -301,7 +301,7 @@ class Scheduler:
         output.token_ids = [token]
         logprobs = result.logprobs[at] if result.logprobs is not None else None
         if params.logprobs is not None and logprobs is not None:
-            output.logprobs = [TokenLogprobs(logprobs.token, logprobs.logprob, logprobs.top[: params.logprobs])]
+            output.logprobs = [logprobs]
         return self._finish(seq, output, "length", len(seq.tokens)) if len(seq.tokens) == seq.limit else output
 
     # ---- ends --------------------------------------------------------------------------------------------------
