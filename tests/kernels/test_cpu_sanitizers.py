@@ -1,4 +1,4 @@
-"""The C++ step under the compiler's sanitizers: whole steps for bounds and undefined behaviour, the barrier for races."""
+"""The C++ step under the compiler's sanitizers: steps for bounds and undefined behaviour, the barrier for races."""
 
 import shutil
 import subprocess

@@ -8,10 +8,13 @@ from tiny_programs import BLOCK_LEN, make_step, tiny_program, tiny_spec
 
 from pagoda.config import EngineConfig
 from pagoda.kernels.cpu.build import usable_variants
+from pagoda.kernels.cpu.pack import W8
+from pagoda.layers.linear import Linear
 from pagoda.layers.parallel import Group
 from pagoda.models.executors import make_executor
 from pagoda.models.executors.cpu import CannotRun, CpuExecutor, make_cpu_executor
 from pagoda.models.executors.eager import EagerExecutor
+from pagoda.models.quant_config import QuantSpec
 from pagoda.models.rope_spec import RopeSpec
 
 CPU = torch.device("cpu")
@@ -78,6 +81,17 @@ def test_16_bit_weights_against_the_same_numbers_in_float32(name, dtype, toleran
     assert_close(logits(executor(narrow, dtype=dtype), spec), wanted, tolerance)
 
 
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize("name", ["llama", "biases_qk_norm", "gemma2"])
+def test_int4_against_the_dequantized_model(name, group_size):
+    """Weights are the same numbers; activations are rounded to int8 in groups (and the head here to int8 as well)."""
+    quant = QuantSpec("online", "int4", 4, group_size, True)
+    spec = tiny_spec(**SPECS[name], hidden_size=256, ffn_size=384, quant=quant)
+    program = tiny_program(spec, scheme="int4", group_size=group_size)
+    wanted = logits(executor(in_float32(program), kind=EagerExecutor), spec)
+    assert_close(logits(executor(program), spec), wanted, 0.03)
+
+
 def in_float32(program):
     """The same program with every tensor widened."""
 
@@ -85,10 +99,8 @@ def in_float32(program):
         if isinstance(value, torch.Tensor) and value.is_floating_point():
             return value.float()
         if hasattr(value, "tensors"):
-            kind = type(value)
-            bias = None if value.bias is None else value.bias.float()
             weight = {"weight": value.dequantize()}
-            return kind(value.role, "dense", weight, bias, value.out_features, value.in_features)
+            return Linear.pack(value.role, "dense", weight, value.bias, value.in_features, CPU, torch.float32)
         return value
 
     def widen_op(op):
@@ -163,6 +175,14 @@ def test_int8_cache_is_close_to_a_float_one():
     wanted = logits(executor(program), spec)
     assert_close(logits(executor(program, config(quant_policy="int8")), spec), wanted, 0.02)
     assert executor(program, config(quant_policy="int8")).bytes_per_block() < executor(program).bytes_per_block() / 3
+
+
+def test_a_dense_head_beside_quantized_layers_is_held_in_8_bit():
+    spec = tiny_spec(quant=QuantSpec("online", "int8", 8, 0, False))
+    program = tiny_program(spec)
+    made = executor(program)
+    assert made.model.head.kind == W8
+    assert_close(logits(made, spec), logits(executor(program, kind=EagerExecutor), spec), 0.02)
 
 
 def test_two_engines_share_nothing():

@@ -103,6 +103,15 @@ def pack_int8(
     )
 
 
+def quantize_int8(weight_NK: Tensor, group: int = MIN_GROUP) -> tuple[Tensor, Tensor]:
+    """(int8 [N, K padded], scales [N, G]): round to nearest, symmetric, in groups of columns."""
+    w = F.pad(weight_NK, (0, -weight_NK.shape[1] % group)).view(weight_NK.shape[0], -1, group)
+    scales_NG = w.abs().amax(-1).float() / 127
+    inverse_NG = torch.where(scales_NG > 0, 1 / scales_NG, 0.0)
+    q = (w * inverse_NG.unsqueeze(-1)).round_().clamp_(-127, 127).to(torch.int8)
+    return q.flatten(1), scales_NG
+
+
 def pack_int4(
     qweight: Tensor,
     scales_NG: Tensor,

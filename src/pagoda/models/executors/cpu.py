@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pagoda.config import EngineConfig
 from pagoda.kernels.cpu.build import BuildError, load, usable_variants
-from pagoda.kernels.cpu.pack import I8, KINDS, PackedWeight, address, pack_cpu
+from pagoda.kernels.cpu.pack import I8, KINDS, PackedWeight, address, pack_cpu, pack_int8, quantize_int8
 from pagoda.kernels.cpu.step_table import LayerStruct, ModelStruct, StepContext, StepStruct
 from pagoda.kernels.cpu.threads import default_threads
 from pagoda.layers.parallel import Group
@@ -70,7 +70,8 @@ def _check(program: StepProgram, config: EngineConfig, dtype: torch.dtype, group
 
 class CpuExecutor:
     """The Executor of CPUs. Raises CannotRun at construction where the table cannot express the program (and BuildError
-    where nothing can be compiled): the caller then takes the eager one and says why."""
+    where nothing can be compiled): the caller then takes the eager one and says why. It keeps packed copies: the
+    program's own tensors may go when it is made."""
 
     graph_safe = False
 
@@ -85,7 +86,7 @@ class CpuExecutor:
     ):
         _check(program, config, dtype, group)
         spec = program.spec
-        self.program, self.config, self.dtype = program, config, dtype
+        self.spec, self.config, self.dtype = spec, config, dtype
         self.variant = variant or usable_variants()[0]
         self.threads = config.num_threads or default_threads()
         self.kv_kind = I8 if config.quant_policy == "int8" else KINDS[dtype]
@@ -95,7 +96,7 @@ class CpuExecutor:
         self._keep: list[Any] = []  # what the tables point to
         layers = cut_layers(program)
         self.layers = (LayerStruct * len(layers))(*(self._layer(layer) for layer in layers))
-        self.model = self._model(len(layers), layers[0][9].act)
+        self.model = self._model(program, layers[0][9].act)
         self.cache: list[Tensor] = []
 
     def describe(self) -> str:
@@ -132,14 +133,22 @@ class CpuExecutor:
             window=attend.window,
         )
 
-    def _model(self, num_layers: int, act: str) -> ModelStruct:
-        spec, embed, head = self.program.spec, self.program.ops[0], self.program.ops[-1]
+    def _head(self, linear: Any) -> PackedWeight:
+        """Beside quantized layers a dense head would be the largest part of a step's bytes: it is held in 8 bit."""
+        if self.spec.quant is None or linear.scheme.name != "dense":
+            return self._weight(linear)
+        packed = pack_int8(*quantize_int8(linear.tensors["weight"]), linear.bias, in_features=linear.in_features)
+        self._keep.append(packed)
+        return packed
+
+    def _model(self, program: StepProgram, act: str) -> ModelStruct:
+        spec, embed, head = program.spec, program.ops[0], program.ops[-1]
         if act not in ("silu", "gelu_tanh"):
             raise CannotRun(f"the C++ step does not know the activation {act}")
         table_VC = embed.weight_VC.contiguous()
         self._keep.append(table_VC)
         model = ModelStruct(
-            layers=num_layers,
+            layers=len(self.layers),
             hidden=spec.hidden_size,
             ffn=self.layers[0].gate_up.rows // 2,
             vocab=head.vocab_size,
@@ -150,13 +159,13 @@ class CpuExecutor:
             embed_scale=torch.tensor(embed.scale, dtype=self.dtype).item(),
             final_softcap=head.softcap,
             embed=address(table_VC),
-            norm=self._float(self.program.ops[-2].weight_C),
+            norm=self._float(program.ops[-2].weight_C),
             layer=ctypes.addressof(self.layers),
-            head=self._weight(head.linear).struct,
+            head=self._head(head.linear).struct,
         )
         shape = model.shape
         shape.kind, shape.dim, shape.width = self.kv_kind, spec.head_dim, self.width
-        shape.heads, shape.kv_heads = self.program.num_heads, self.program.num_kv_heads
+        shape.heads, shape.kv_heads = program.num_heads, program.num_kv_heads
         shape.block_len, shape.scale, shape.softcap = (
             self.config.cache_block_seq_len, spec.attn_scale, spec.attn_softcap
         )  # fmt: skip
@@ -166,12 +175,12 @@ class CpuExecutor:
     def bytes_per_block(self) -> int:
         """Of one block of the KV cache: all layers."""
         per_token = self.width * (1 if self.kv_kind == I8 else self.dtype.itemsize) + (4 if self.kv_kind == I8 else 0)
-        block_len, heads = self.config.cache_block_seq_len, self.program.num_kv_heads
+        block_len, heads = self.config.cache_block_seq_len, self.model.shape.kv_heads
         return 2 * block_len * heads * per_token * len(self.layers)
 
     def allocate_cache(self, num_blocks: int) -> None:
         """Zeroed blocks 0 .. num_blocks - 1; block 0 is scratch, where padding rows may write."""
-        units, heads = num_blocks * self.config.cache_block_seq_len // UNIT, self.program.num_kv_heads
+        units, heads = num_blocks * self.config.cache_block_seq_len // UNIT, self.model.shape.kv_heads
         dtype = torch.int8 if self.kv_kind == I8 else self.dtype
         self.free_cache()
         for layer in self.layers:
@@ -191,7 +200,7 @@ class CpuExecutor:
     @torch.no_grad()
     def forward(self, step: StepInput) -> Tensor:
         """One step through the model; keys and values go to the cache -> logits [L, V], float32, soft cap applied."""
-        spec = self.program.spec
+        spec = self.spec
         cos_TP, sin_TP = self.rope.angles(step.position_T, step.rope_len_T)
         q_scale_T = logn_scale(step.position_T, spec.logn_len) if spec.logn_len else None
         num_tokens, num_rows = step.token_T.shape[0], step.kv_len_R.shape[0]
