@@ -38,7 +38,8 @@ class Norm(NamedTuple):
 
 class Linear:
     """A packed matrix, ready to multiply. `tensors` is the scheme's packed form, `bias` [N] or None in the activations'
-    dtype (`dtype`); `counters` are the fused kernels' arrival counters: zero between launches, one stream at a time."""
+    dtype (`dtype`); `counters` are the fused kernels' arrival counters: zero between
+    launches, one stream at a time; None where these kernels do not run (CPU)."""
 
     def __init__(
         self,
@@ -97,13 +98,13 @@ class Linear:
                 out = x_TK.new_empty(x_TK.shape[0], self.out_features // (2 if act else 1))
             self.scheme.fused(x_TK, self, norm, act, residual, out, pdl)
             return out
-        if norm is not None:
-            x_TK = rms_norm(x_TK, norm.weight_K, norm.eps)
+        if norm is not None and not ((act or residual is not None) and self.fuses(x_TK.shape[0], True)):
+            x_TK, norm = rms_norm(x_TK, norm.weight_K, norm.eps), None
             if act or residual is not None:
                 return self(x_TK, act=act, residual=residual, out=out)
         if act is None and residual is None:
             return self.scheme.matmul(x_TK, self, out)
-        y = self.scheme.matmul(x_TK, self)
+        y = self(x_TK, norm=norm)
         if act is not None:
             y = act_mul(y, act, out if residual is None else None)
         return y if residual is None else torch.add(y, residual, out=out)

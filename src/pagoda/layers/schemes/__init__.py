@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from pagoda.layers.schemes.dense import Dense
+from pagoda.layers.schemes.eight_bit import Fp8, Int8
 from pagoda.layers.schemes.int4 import Int4
 
 if TYPE_CHECKING:
@@ -87,4 +88,4 @@ class Scheme(Protocol):
         """The matrix that is multiplied, float32 [N, K], rows in their canonical order: the oracle."""
 
 
-SCHEMES: dict[str, type] = {"dense": Dense, "int4": Int4}
+SCHEMES: dict[str, type] = {"dense": Dense, "int4": Int4, "int8": Int8, "fp8": Fp8}

@@ -53,7 +53,9 @@ class Dense:
 
     def fuses(self, rows: int, linear: "Linear", norm: bool, act: str | None, residual: bool) -> bool:
         w = linear.tensors["weight"]
-        return w.is_cuda and HAS_TRITON and supports(rows, *w.shape, w.dtype, norm, act or "", residual)
+        return (
+            linear.counters is not None and HAS_TRITON and supports(rows, *w.shape, w.dtype, norm, act or "", residual)
+        )
 
     def fused(
         self,

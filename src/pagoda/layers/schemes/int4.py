@@ -163,7 +163,7 @@ class Int4:
 
     def fuses(self, rows: int, linear: "Linear", norm: bool, act: str | None, residual: bool) -> bool:
         packed = linear.tensors
-        if "q" not in packed or not HAS_TRITON or (norm and "perm" in packed):
+        if "q" not in packed or linear.counters is None or not HAS_TRITON or (norm and "perm" in packed):
             return False
         return supports(rows, linear.dtype, norm)
 
