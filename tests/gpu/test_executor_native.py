@@ -1,8 +1,5 @@
 """The GPU executor with its real kernels: against the eager one in float32, and as CUDA graphs against itself."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -11,10 +8,8 @@ from pagoda.layers.parallel import Group
 from pagoda.models.decoder import StepInput, build_program
 from pagoda.models.executors import make_executor
 from pagoda.models.executors.eager import EagerExecutor
-from stepping import Stepper
-
-sys.path.append(str(Path(__file__).parents[1] / "models"))
 from random_weights import SHAPES, random_weights, small_spec
+from stepping import Stepper
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 BLOCK_LEN = 64

@@ -5,7 +5,6 @@ The fused matrix kernel is stood in for by its reference, so that every rule may
 
 import pytest
 import torch
-from random_weights import SHAPES, random_weights, small_spec
 
 from pagoda.config import EngineConfig
 from pagoda.kernels.small_linear import small_linear_reference
@@ -15,6 +14,7 @@ from pagoda.models.decoder import Add, Attend, Norm, PostNorm, Project, RopeWrit
 from pagoda.models.executors import make_executor
 from pagoda.models.executors.eager import EagerExecutor
 from pagoda.models.executors.gpu import AddNorm, FusedAttend, FusedProject, GpuExecutor, NormHead
+from random_weights import SHAPES, random_weights, small_spec
 from stepping import Stepper
 
 BLOCK_LEN = 16

@@ -96,6 +96,26 @@ def test_rope_within_and_beyond_the_original_length(rope, length, tmp_path):
     check_alone(our_executor(tmp_path, session_len=160), model, length=length, cuts=(33,))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("length", [64, 65, 190])
+@pytest.mark.parametrize("rope", ["linear", "dynamic", "llama3", "yarn", "longrope"])
+@pytest.mark.parametrize("family", ["llama_biases", "mistral_window", "qwen2_window", "qwen3", "gemma2", "internlm3"])
+def test_every_rope_in_every_family(family, rope, length, tmp_path):
+    config = FAMILIES[family]()
+    config.max_position_embeddings = 64 if rope == "dynamic" else 256
+    parameters = dict(ROPES[rope]().rope_parameters)
+    pairs = getattr(config, "head_dim", 16) // 2
+    for name in ("short_factor", "long_factor"):
+        if name in parameters:
+            parameters[name] = [parameters[name][0] + 0.3 * i for i in range(pairs)]
+    config.rope_parameters = parameters
+    model = random_model(config)
+    model.save_pretrained(tmp_path)
+    executor = our_executor(tmp_path, session_len=200)
+    check_alone(executor, model, length=length, cuts=(1, 2, 33, 34))
+    check_batch(executor, model, lens=(length, 63, 66))
+
+
 @pytest.mark.parametrize("rope", ["dynamic", "longrope"])
 def test_variant_is_that_of_the_prompt_at_admission(rope, tmp_path):
     """A short prompt keeps its rotation while it grows past the original length: equal to a model without the long one.

@@ -26,8 +26,8 @@ SHAPES: dict[str, dict] = {
 }
 
 
-def small_spec(shape: str) -> ModelSpec:
-    return spec_from_config({**BASE, **SHAPES[shape]})
+def small_spec(shape: str, **more) -> ModelSpec:
+    return spec_from_config({**BASE, **SHAPES[shape], **more})
 
 
 def random_weights(spec: ModelSpec, device: str, dtype: torch.dtype, rounded_to: torch.dtype, seed: int = 0):
