@@ -218,6 +218,11 @@ def num_parts(rows: int, kv_heads: int, table_width: int) -> int:
     return max(1, min(MAX_PARTS, table_width, MAX_COUNTERS // (rows * kv_heads)))
 
 
+def padded_rows(rows: int) -> int:
+    """Constant for `plan_of`'s sum over rows; few values, so that few kernels are compiled."""
+    return next(n for n in (1, 16, 128, 512, next_power_of_2(rows)) if n >= rows)
+
+
 def part_buffers(parts: int, tiles: int, tile_rows: int, cache: LayerCache) -> list[Tensor]:
     """Products, maxima and sums of parts on their way to the merge."""
     size = parts * tiles * tile_rows if parts > 1 else 0

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pagoda.kernels.cache_codes import empty_state, load_codes, load_meta, normalised, softmax_step
 from pagoda.kernels.decode_attention import gather_kv, kernel_takes, softcapped
-from pagoda.kernels.decode_parts import cache_arrays, score_constants, tile_sizes
+from pagoda.kernels.decode_parts import cache_arrays, padded_rows, score_constants, tile_sizes
 from pagoda.kernels.kv_pack import LayerCache
 from pagoda.kernels.triton_env import INTERPRETED, gdc_launch_dependents, gdc_wait, jit, next_power_of_2, tl
 
@@ -257,7 +257,7 @@ def prefill_attention_launch(
         BM=tile_rows,
         BN=tile.key_blocks * cache.block_len,
         BQ=queries,
-        RP=next_power_of_2(rows),
+        RP=padded_rows(rows),
         SCHEME=cache.scheme,
         STATIC=cache.static,
         WINDOW=window,
