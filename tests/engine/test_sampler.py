@@ -66,9 +66,10 @@ def test_cpu_form_chooses_as_the_reference(knobs):
         state.count_S += 1
 
 
-def test_cpu_form_with_a_large_flat_vocabulary_and_ties():
-    flat_V = torch.zeros(1, 5000)
-    flat_V[0, 4000:] = torch.linspace(0, 1, 1000)
+@pytest.mark.parametrize("width", [5000, 20000])
+def test_cpu_form_with_a_large_flat_vocabulary_and_ties(width):
+    flat_V = torch.zeros(1, width)
+    flat_V[0, -1000:] = torch.linspace(0, 1, 1000)
     knob_SK = torch.tensor([[1.0, 0.0, 0.9, 0.0]])
     for count in range(20):
         seed_S, count_S = torch.tensor([5]), torch.tensor([count])

@@ -123,9 +123,11 @@ def _candidates(score_V: torch.Tensor, top_k: int, top_p: float, min_p: float) -
 
 def _best(score_N: torch.Tensor, total: torch.Tensor, top_p: float) -> torch.Tensor:
     """Scores in falling order, at least as many as hold the share `top_p`; few of them suffice nearly always."""
-    few = score_N.topk(min(1024, score_N.numel())).values
-    enough = few.numel() == score_N.numel() or float((few - total).exp().sum()) > top_p
-    return few if enough else score_N.sort(descending=True).values
+    for count in (1024, 16384):
+        few = score_N.topk(min(count, score_N.numel())).values
+        if few.numel() == score_N.numel() or float((few - total).exp().sum()) > top_p:
+            return few
+    return score_N.sort(descending=True).values
 
 
 # ---- GPU: two kernels ------------------------------------------------------------------------------------------------
