@@ -17,7 +17,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from pagoda.errors import TemplateError, TokenizerError
-from pagoda.text.named_templates import NAMED, TEMPLATES
+from pagoda.text.named_templates import NAMED, TEMPLATES, NamedTemplate
 from pagoda.text.tokenizer import Tokenizer
 from pagoda.text.tokenizer_files import read_json
 
@@ -174,12 +174,18 @@ def template_names() -> list[str]:
     return sorted(NAMED)
 
 
-def named_template(name: str, tokenizer: Tokenizer) -> ChatTemplate:
-    """The format called `name`; `TemplateError` lists the names when it is unknown."""
+def require_name(name: str) -> NamedTemplate:
+    """The record called `name`; `TemplateError` lists the names when it is unknown."""
     record = NAMED.get(name.lower())
     if record is None:
         known = ", ".join(t.names[0] for t in TEMPLATES)
         raise TemplateError(f"There is no chat template called {name!r}: use one of {known}.")
+    return record
+
+
+def named_template(name: str, tokenizer: Tokenizer) -> ChatTemplate:
+    """The format called `name`; `TemplateError` lists the names when it is unknown."""
+    record = require_name(name)
     return ChatTemplate(record.names[0], record.source, tokenizer, record.stop_words, asdict(record))
 
 
@@ -203,15 +209,21 @@ def checkpoint_source(folder: Path) -> str | None:
     return None
 
 
-def load_template(folder: Path | str, name: str | None, tokenizer: Tokenizer) -> ChatTemplate:
-    """The format called `name` when one is given, else the checkpoint's own; `TemplateError` when there is neither."""
-    if name is not None:
-        return named_template(name, tokenizer)
+def require_source(folder: Path | str) -> str:
+    """The checkpoint's own template; `TemplateError` when it has none."""
     source = checkpoint_source(Path(folder))
     if source is None:
         raise TemplateError(
             f"{folder} has no chat template: give one with --model-name NAME (the names: `lmdeploy list`), or use raw "
             "prompts."
         )
+    return source
+
+
+def load_template(folder: Path | str, name: str | None, tokenizer: Tokenizer) -> ChatTemplate:
+    """The format called `name` when one is given, else the checkpoint's own; `TemplateError` when there is neither."""
+    if name is not None:
+        return named_template(name, tokenizer)
+    source = require_source(folder)
     ends = [end for end in TURN_ENDS if end in source and tokenizer.id_of(end) is not None]
     return ChatTemplate("checkpoint", source, tokenizer, ends)
