@@ -68,8 +68,8 @@ class Rope:
             variants = [False, True] if spec.kind == "longrope" else [False]
             position_M = torch.arange(self.max_positions, dtype=torch.float32)
             angle_WMP = torch.stack([position_M[:, None] * inverse_frequencies(spec, long) for long in variants])
-            self._cos = (angle_WMP.cos() * spec.attention_factor).flatten(0, 1).to(device)
-            self._sin = (angle_WMP.sin() * spec.attention_factor).flatten(0, 1).to(device)
+            both = torch.stack([angle_WMP.cos(), angle_WMP.sin()]).flatten(1, 2)
+            self._table = (both * spec.attention_factor).to(device)  # [cos and sin, W * M, P]: one look-up for both
 
     def angles(self, position_T: Tensor, rope_len_T: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(cos, sin), float32 [T, P], the attention factor multiplied in.
@@ -83,7 +83,8 @@ class Rope:
         row_T = position_T
         if self.spec.kind == "longrope" and rope_len_T is not None:
             row_T = position_T + (rope_len_T > self.spec.original_max_position) * self.max_positions
-        return self._cos.index_select(0, row_T), self._sin.index_select(0, row_T)
+        cos_TP, sin_TP = self._table.index_select(1, row_T)
+        return cos_TP, sin_TP
 
     def _dynamic(self, rope_len_T: Tensor | None) -> Tensor:
         """NTK-aware frequencies: the base grows with the prompt beyond the original length -> [T, P] or [P].
