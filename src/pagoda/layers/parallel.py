@@ -49,15 +49,6 @@ class Group:
         dist.all_gather(parts, x.contiguous(), group=self._ranks)
         return torch.cat(parts, dim)
 
-    def smallest(self, value: int) -> int:
-        """The smallest of the ranks' values, on every rank."""
-        if self.size == 1:
-            return value
-        device = "cuda" if dist.get_backend(self._ranks) == "nccl" else "cpu"
-        least = torch.tensor(value, dtype=torch.int64, device=device)
-        dist.all_reduce(least, dist.ReduceOp.MIN, group=self._ranks)
-        return int(least)
-
     def broadcast_(self, x: Tensor, source: int = 0) -> Tensor:
         """Overwrite `x` on every rank by that of rank `source`."""
         if self.size > 1:
