@@ -8,7 +8,7 @@ Sums in float32, rounded once. With a norm, x * gain is rounded to x's dtype for
 the row's 1/rms multiplies the sum. A split of K is added up by the last program of a tile to arrive, in a fixed order:
 deterministic; `counters` (zero before, zero after) belong to one stream.
 `pdl` launches early: the first weights are asked for before the previous kernel has ended.
-Constants: the sweeps of `benchmarks/linears.py` and of the study it grew from (H200); see `gemv_config`, `dot_config`.
+Constants: a sweep on an H200 inside whole decode steps; `benchmarks/linears.py` measures what they give.
 Shape letters: T rows, K in features, N out features.
 """
 
