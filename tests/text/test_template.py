@@ -20,6 +20,8 @@ CHAT = [
 class Marks:
     """Only what a template asks of a tokenizer."""
 
+    adds_bos = True
+
     def __init__(self, bos: str = "<s>", eos: str = "</s>", known: tuple[str, ...] = ()):
         self.bos_token, self.eos_token, self._known = bos, eos, known
 

@@ -163,7 +163,8 @@ def test_begin_and_end(tokenizer_at):
     assert llama.encode("hi", add_bos=True) == [1, *llama.encode("hi")]
     qwen = tokenizer_at("qwen2.5-7b-instruct")
     assert (qwen.bos_id, qwen.eos_ids, qwen.adds_bos, qwen.bos_token) == (None, (151645, 151643), False, "")
-    assert tokenizer_at("yi-6b-chat").eos_ids == (2, 7)
+    yi = tokenizer_at("yi-6b-chat")
+    assert yi.eos_ids == (2, 7) and yi.bos_id == 1 and yi.encode("hi", add_bos=True) == yi.encode("hi")
 
 
 def test_checkpoint_code_is_not_run(shared_data, tmp_path):

@@ -16,7 +16,7 @@ from pagoda.text.tokenizer import Tokenizer
 
 MAX_BYTES = 64 << 10
 MAX_DEPTH = 64
-JSON_RULES = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,64}", "lenient": False, "coerce_one_of": False}
+JSON_RULES: Any = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,64}", "lenient": False, "coerce_one_of": False}
 """Space between JSON tokens is bounded, so that a model cannot idle in it; unknown keywords are refused."""
 KINDS = ("text", "json_object", "json_schema", "regex", "choice", "grammar")
 
@@ -102,7 +102,7 @@ def compile_grammar(response_format: Mapping[str, Any] | None, after: str | None
     if response_format is None:
         return None
     kind = response_format.get("type") if isinstance(response_format, Mapping) else None
-    kind = {"regex_schema": "regex", "json": "json_schema", "ebnf": "grammar", "lark": "grammar"}.get(kind, kind)
+    kind = {"regex_schema": "regex", "json": "json_schema", "ebnf": "grammar", "lark": "grammar"}.get(str(kind), kind)
     if kind not in KINDS:
         raise GrammarError(f"The response format's type is {kind!r}: use one of {', '.join(KINDS)}.", "response_format")
     if kind == "text":

@@ -121,7 +121,8 @@ class ChatTemplate:
         # Without tools the name stays undefined, which a template may loop over, unless it compares it with none.
         self._asks_for_none = re.search(r"\btools\s*(is\s+(not\s+)?|[!=]=\s*)none\b", source, re.IGNORECASE) is not None
         self._compiled = compile_template(source)
-        self._fixed = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token, "f": marks}
+        bos = tokenizer.bos_token if marks is None or tokenizer.adds_bos else ""
+        self._fixed = {"bos_token": bos, "eos_token": tokenizer.eos_token, "f": marks}
 
     def render(
         self,

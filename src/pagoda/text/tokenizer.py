@@ -43,14 +43,15 @@ class Tokenizer(ABC):
         """How the vocabulary writes the token; empty beyond the vocabulary."""
 
     def encode(self, text: str, add_bos: bool = False, parse_special: bool = True) -> list[int]:
-        """Ids of `text`. `parse_special=False` reads the names of special tokens as plain text. Lone surrogates
+        """Ids of `text`. `add_bos`: behind the begin-of-sequence token, for models whose raw prompts begin with one
+        (`adds_bos`). `parse_special=False` reads the names of special tokens as plain text. Lone surrogates
         become U+FFFD."""
         try:
             text.encode()
         except UnicodeEncodeError:
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         ids = self._encode(text, parse_special)
-        return [self.bos_id, *ids] if add_bos and self.bos_id is not None else ids
+        return [self.bos_id, *ids] if add_bos and self.adds_bos and self.bos_id is not None else ids
 
     @cached_property
     def _token_bytes(self) -> list[bytes]:
