@@ -157,6 +157,15 @@ def test_special_tokens_are_parsed_or_read_as_text(tokenizer_at):
             assert tokenizer.decode(plain) == f"a{mark}b"
 
 
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_a_continuation_has_no_space_of_its_own(tokenizer_at, folder):
+    """The bytes of a text and its continuation are those of the whole text."""
+    tokenizer = tokenizer_at(folder)
+    for first, then in (("Hello", " world"), ("Hello", "world"), ("a", "\nb"), ("你", "好"), ("x ", "</s>y")):
+        ids = tokenizer.encode(first) + tokenizer.encode_continuation(then, parse_special=False)
+        assert tokenizer.decode(ids, skip_special=False) == first + then
+
+
 def test_begin_and_end(tokenizer_at):
     llama = tokenizer_at("llama-2-7b-chat")
     assert (llama.bos_id, llama.eos_ids, llama.adds_bos) == (1, (2,), True)

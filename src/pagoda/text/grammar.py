@@ -138,15 +138,10 @@ class _Vocabulary:
         self.tokens = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
         self.special_token_ids = sorted(tokenizer.special_ids)
         self._tokenizer = tokenizer
-        self._lead = tokenizer.encode("\n", parse_special=False)
 
     def __call__(self, text: str | bytes) -> list[int]:
-        # Behind a line break, because SentencePiece would put a space before a text that stands alone.
         text = text if isinstance(text, str) else text.decode("utf-8", "replace")
-        ids = self._tokenizer.encode("\n" + text, parse_special=False)
-        if ids[: len(self._lead)] != self._lead:
-            return self._tokenizer.encode(text, parse_special=False)
-        return ids[len(self._lead) :]
+        return self._tokenizer.encode_continuation(text, parse_special=False)
 
 
 class GrammarMatcher:

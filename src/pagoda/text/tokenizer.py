@@ -53,6 +53,14 @@ class Tokenizer(ABC):
         ids = self._encode(text, parse_special)
         return [self.bos_id, *ids] if add_bos and self.adds_bos and self.bos_id is not None else ids
 
+    def encode_continuation(self, text: str, parse_special: bool = True) -> list[int]:
+        """Ids of a text that goes on from another one: without the space that SentencePiece puts before a text."""
+        if not self.strips_space:
+            return self.encode(text, parse_special=parse_special)
+        lead = self.encode("\n")
+        ids = self.encode("\n" + text, parse_special=parse_special)
+        return ids[len(lead) :] if ids[: len(lead)] == lead else self.encode(text, parse_special=parse_special)
+
     @cached_property
     def _token_bytes(self) -> list[bytes]:
         return [self._bytes_of(token_id) for token_id in range(self.vocab_size)]
