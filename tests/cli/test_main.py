@@ -58,6 +58,8 @@ def test_every_knob_is_a_flag():
 def test_values_out_of_range_are_config_errors():
     with pytest.raises(ConfigError, match="tp is 0"):
         engine("--tp", "0")
+    with pytest.raises(ConfigError, match="dtype is 'int3': it must be one of auto, float32"):
+        engine("--dtype", "int3")
     with pytest.raises(UsageError, match="invalid int value: 'two'"):
         engine("--tp", "two")
     with pytest.raises(UsageError, match="unrecognized arguments: --session"):

@@ -73,14 +73,12 @@ def add_config_flags(
         if field.default is not None and field.default is not dataclasses.MISSING:
             text += f" (default: {field.default})"
         options: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS, "help": text}
-        if meta["choices"] is not None and meta["parse"] is None:
-            options["choices"] = meta["choices"]
-        if is_bool:
-            options |= {"metavar": "BOOL"}
-        elif several:
-            options |= {"nargs": "+", "metavar": read.__name__.upper()}
+        if meta["choices"] is not None:  # the dataclass checks them, and knows their other spellings
+            options["metavar"] = "{" + ",".join(map(str, meta["choices"])) + "}"
         else:
-            options |= {"metavar": read.__name__.upper()}
+            options["metavar"] = "BOOL" if is_bool else read.__name__.upper()
+        if several:
+            options["nargs"] = "+"
         group.add_argument(*names, type=parse_bool if is_bool else read, **options)
 
 
