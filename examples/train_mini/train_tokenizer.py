@@ -59,7 +59,7 @@ def train(num_documents: int) -> Tokenizer:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("src/pagoda/mini"))
-    parser.add_argument("--documents", type=int, default=60_000)
+    parser.add_argument("--documents", type=int, default=120_000)
     args = parser.parse_args()
     tokenizer = train(args.documents)
     tokenizer.save(str(args.out / "tokenizer.json"))

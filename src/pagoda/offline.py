@@ -293,7 +293,10 @@ class Session:
             # The template rewrites history (it drops old reasoning, say): begin anew, the prefix cache helps.
             self._pipe.engine.call("delete_session", session_id=self.id)
             self._rendered, self._held = "", 0
-        new_ids = self._pipe.encode_rendered(full[len(self._rendered) :])
+        if self._rendered:
+            new_ids = self._pipe.tokenizer.encode_continuation(full[len(self._rendered) :])
+        else:
+            new_ids = self._pipe.encode_rendered(full)
         answering = self._pipe.submit(
             new_ids,
             gen_config,
