@@ -13,7 +13,7 @@ from pagoda.kernels.prefill_attention import prefill_attention
 from pagoda.kernels.rope_cache import rope_and_write
 from pagoda.layers.kv_schemes import KV_SCHEMES, StaticRanges, get_kv_scheme
 
-SHAPES = [(4, 2, 32), (3, 1, 80), (6, 6, 64)]  # H, K, D
+CASES = [(4, 2, 32, 0, 0.0), (3, 1, 80, 9, 0.0), (6, 6, 16, 0, 5.0), (4, 2, 32, 70, 20.0)]  # H, K, D, window, soft cap
 
 
 def angles(num_tokens, pairs):
@@ -22,9 +22,9 @@ def angles(num_tokens, pairs):
 
 
 @pytest.mark.parametrize("scheme", KV_SCHEMES)
-@pytest.mark.parametrize(("heads", "kv_heads", "dim"), SHAPES)
-@pytest.mark.parametrize(("window", "softcap"), [(0, 0.0), (9, 0.0), (0, 5.0), (70, 20.0)])
-def test_decode_is_brute_force(scheme, heads, kv_heads, dim, window, softcap):
+@pytest.mark.parametrize("case", CASES)
+def test_decode_is_brute_force(scheme, case):
+    heads, kv_heads, dim, window, softcap = case
     kv_lens = [1, 0, 64, 130, 17]
     table = random_tables(kv_lens, 4, 20)
     cache = poison(random_cache(scheme, 20, kv_heads, dim), kv_lens, table)
@@ -38,16 +38,18 @@ def test_decode_is_brute_force(scheme, heads, kv_heads, dim, window, softcap):
 
 
 @pytest.mark.parametrize("scheme", KV_SCHEMES)
-@pytest.mark.parametrize(("heads", "kv_heads", "dim"), SHAPES)
-@pytest.mark.parametrize(("window", "softcap"), [(0, 0.0), (9, 0.0), (70, 5.0)])
-def test_prefill_is_brute_force(scheme, heads, kv_heads, dim, window, softcap):
-    query_lens, kv_lens = [3, 0, 64, 1, 40], [3, 5, 80, 33, 129]
+@pytest.mark.parametrize("case", CASES)
+def test_prefill_is_brute_force(scheme, case):
+    heads, kv_heads, dim, window, softcap = case
+    query_lens, kv_lens = [1, 1, 3, 0, 20, 17], [20, 64, 3, 5, 80, 129]
     table = random_tables(kv_lens, 3, 20)
     cache = poison(random_cache(scheme, 20, kv_heads, dim), kv_lens, table)
     starts = torch.tensor([0, *query_lens]).cumsum(0).int()
     q = torch.randn(sum(query_lens), heads, dim)
     kv_len = torch.tensor(kv_lens, dtype=torch.int32)
-    out = prefill_attention(q, cache, starts, kv_len, table, max(query_lens), dim**-0.5, window, softcap)
+    args = (q, cache, starts, kv_len, table, max(query_lens), dim**-0.5, window, softcap)
+    out = prefill_attention(*args)
+    torch.testing.assert_close(prefill_attention(*args, single_rows=2), out)
     for row, (n, total) in enumerate(zip(query_lens, kv_lens)):
         mine = slice(starts[row], starts[row + 1])
         want = brute_force(q[mine], range(total - n, total), cache, table[row], dim**-0.5, window, softcap)

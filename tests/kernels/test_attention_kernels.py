@@ -26,10 +26,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  
 LIMIT = {F32: 2e-5, F16: 3e-3, BF16: 1.5e-2}
 
 
-@pytest.fixture(params=[F32, F16, BF16], ids=["fp32", "fp16", "bf16"])
-def dtype(request, device):
-    if request.param is BF16 and device.type == "cpu":
-        pytest.skip("interpreted bfloat16 products are wrong")
+interpreted = not torch.cuda.is_available()
+DTYPES = [pytest.param(F32, marks=pytest.mark.slow if interpreted else ()), F16]
+DTYPES += [] if interpreted else [BF16]  # interpreted bfloat16 products are wrong
+
+
+@pytest.fixture(params=DTYPES, ids=["fp32", "fp16", "bf16"][: len(DTYPES)])
+def dtype(request):
     return request.param
 
 
@@ -70,12 +73,14 @@ def make_cache(scheme, num_blocks, kv_heads, dim, block_len, dtype, device):
 @pytest.mark.parametrize("target", [1, 512])  # unsplit (as far as the grid allows), and split as finely as it goes
 def test_decode(scheme, heads, kv_heads, dim, block_len, window, softcap, target, dtype, device):
     kv_lens = [1, 0, 16, 75]
+    if interpreted and target == 1:  # the plan does not depend on the scheme
+        kv_lens = [1, 0, 3, 20]
     table = random_tables(kv_lens, 6, 20, block_len, device)
     cache = poison(make_cache(scheme, 20, kv_heads, dim, block_len, dtype, device), kv_lens, table)
     q = torch.randn(len(kv_lens), heads, dim, device=device).to(dtype)
     lens = torch.tensor(kv_lens, dtype=torch.int32, device=device)
     args = (cache, lens, table, dim**-0.5, window, softcap)
-    for _ in range(2):  # the second finds the counters as the first left them
+    for _ in range(1 if interpreted else 2):  # the second finds the counters as the first left them
         out = decode_attention_launch(q, *args, target=target, merge=2)
         want = decode_attention_reference(q.float(), *args)
         assert relative(out, want.double()) < LIMIT[dtype]
@@ -100,7 +105,7 @@ PREFILL = [
 @pytest.mark.parametrize("case", PREFILL, ids=lambda case: "-".join(map(str, case)))
 def test_prefill(case, dtype, device):
     scheme, heads, kv_heads, dim, block_len, window, softcap, key_blocks = case
-    query_lens, kv_lens = [3, 0, 33, 1, 16], [3, 5, 50, 33, 75]
+    query_lens, kv_lens = [3, 0, 33, 1, 8], [3, 5, 35, 33, 75]
     table = random_tables(kv_lens, 6, 20, block_len, device)
     cache = poison(make_cache(scheme, 20, kv_heads, dim, block_len, dtype, device), kv_lens, table)
     starts = torch.tensor([0, *query_lens]).cumsum(0).int().to(device)
@@ -112,6 +117,9 @@ def test_prefill(case, dtype, device):
     else:
         tile = PrefillTile(rows=16, key_blocks=key_blocks)
     out = prefill_attention_launch(q, *tensors, *options, tile=tile)
+    later = (cache, starts[2:], lens[2:], table[2:])  # the first rows left to others
+    beyond = prefill_attention_launch(q, *later, *options, tile=tile)
+    assert torch.equal(beyond[starts[2] :], out[starts[2] :])
     want = prefill_attention_reference(q.float(), *tensors, max(query_lens), *options)
     assert relative(out, want.double()) < LIMIT[dtype]
 

@@ -166,10 +166,10 @@ def softmax_step(
     m, l, acc, acc_high = state
     if SCHEME == "int4":
         k_low, k_high = decoded_nibbles(kk, q.dtype, FAST)
-        s = tl.dot(q, k_low.T, input_precision="ieee")
-        s = tl.dot(q_high, k_high.T, s, input_precision="ieee")
+        s = tl.dot(q, k_low.T, input_precision="tf32x3")
+        s = tl.dot(q_high, k_high.T, s, input_precision="tf32x3")
     else:
-        s = tl.dot(q, decoded(kk, q.dtype, FAST).T, input_precision="ieee")
+        s = tl.dot(q, decoded(kk, q.dtype, FAST).T, input_precision="tf32x3")
     if SCHEME != "none":
         s *= ks[None, :]
     if SCHEME == "int4" or STATIC:
@@ -190,10 +190,10 @@ def softmax_step(
     p = p.to(q.dtype)
     if SCHEME == "int4":
         v_low, v_high = decoded_nibbles(vv, q.dtype, FAST)
-        acc_high = tl.dot(p, v_high, acc_high * fade[:, None] + drift, input_precision="ieee")
-        acc = tl.dot(p, v_low, acc, input_precision="ieee")
+        acc_high = tl.dot(p, v_high, acc_high * fade[:, None] + drift, input_precision="tf32x3")
+        acc = tl.dot(p, v_low, acc, input_precision="tf32x3")
     else:
-        acc = tl.dot(p, decoded(vv, q.dtype, FAST), acc, input_precision="ieee")
+        acc = tl.dot(p, decoded(vv, q.dtype, FAST), acc, input_precision="tf32x3")
     return m_new, l, acc, acc_high
 
 

@@ -20,7 +20,7 @@ from pagoda.kernels.decode_parts import (
     tile_sizes,
 )
 from pagoda.kernels.kv_pack import LayerCache, read_kv
-from pagoda.kernels.triton_env import HAS_TRITON, INTERPRETED, gdc_launch_dependents, gdc_wait, jit, next_power_of_2, tl
+from pagoda.kernels.triton_env import HAS_TRITON, INTERPRETED, gdc_launch_dependents, gdc_wait, jit, tl
 
 
 def softcapped(score: Tensor, softcap: float) -> Tensor:
@@ -158,10 +158,11 @@ def decode_attention_launch(
     num_stages: int = 3,
     merge: int = 4,
     target: int = TARGET_PROGRAMS,
+    out_RHD: Tensor | None = None,
 ) -> Tensor:
     """The Triton kernel."""
     rows, heads = q_RHD.shape[:2]
-    out_RHD = torch.empty_like(q_RHD)
+    out_RHD = torch.empty_like(q_RHD) if out_RHD is None else out_RHD
     if rows == 0:
         return out_RHD
     kv_heads, width = cache.num_kv_heads, block_table_RB.shape[1]

@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from pagoda.kernels.cache_codes import empty_state, load_codes, load_meta, normalised, softmax_step
-from pagoda.kernels.decode_attention import gather_kv, kernel_takes, softcapped
+from pagoda.kernels.decode_attention import (
+    decode_attention_launch,
+    decode_attention_reference,
+    gather_kv,
+    kernel_takes,
+    softcapped,
+)
 from pagoda.kernels.decode_parts import cache_arrays, padded_rows, score_constants, tile_sizes
 from pagoda.kernels.kv_pack import LayerCache
 from pagoda.kernels.triton_env import INTERPRETED, gdc_launch_dependents, gdc_wait, jit, next_power_of_2, tl
@@ -57,14 +63,14 @@ def prefill_attention_reference(
 
 
 @jit
-def row_of_tile(tile, query_start, R, RP: tl.constexpr, BQ: tl.constexpr):
-    """The row that owns a tile, and the tile's number within it. Row r's tiles begin at query_start[r] // BQ + r: rows
-    never share one, and there are at most T // BQ + R.
+def row_of_tile(tile, query_start, origin, R, RP: tl.constexpr, BQ: tl.constexpr):
+    """The row that owns a tile, and the tile's number within it. Row r's tiles begin at (query_start[r] - origin) // BQ
+    + r: rows never share one, and there are at most T // BQ + R. origin = query_start[0].
     """
     r = tl.arange(0, RP)
-    first = tl.load(query_start + r, mask=r < R, other=0) // BQ + r
+    first = (tl.load(query_start + r, mask=r < R, other=0) - origin) // BQ + r
     row = tl.sum(((first <= tile) & (r < R)).to(tl.int32), 0) - 1
-    return row, tile - (tl.load(query_start + row) // BQ + row)
+    return row, tile - ((tl.load(query_start + row) - origin) // BQ + row)
 
 
 @jit
@@ -158,7 +164,7 @@ def _prefill_kernel(
         gdc_launch_dependents()
     head = tl.program_id(0)
     tile = tl.num_programs(1) - 1 - tl.program_id(1)  # later tiles have more keys: start them first
-    row, mine = row_of_tile(tile, query_start, R, RP, BQ)
+    row, mine = row_of_tile(tile, query_start, tl.load(query_start), R, RP, BQ)
     begin = tl.load(query_start + row)
     num = tl.load(query_start + row + 1) - begin
     kv_len = tl.load(kv_lens + row)
@@ -214,8 +220,8 @@ def tile_for(q_THD: Tensor, cache: LayerCache) -> PrefillTile:
     """For Hopper; what does not fit its shared memory or registers is halved."""
     wide = cache.head_dim > 128
     if q_THD.dtype == torch.float32:
-        return PrefillTile(rows=32, num_warps=4, num_stages=1)
-    return PrefillTile(num_stages=2 if wide else 3)
+        return PrefillTile(rows=16 if wide else 32, num_stages=1)
+    return PrefillTile(rows=64, num_stages=2) if wide else PrefillTile()
 
 
 def prefill_attention_launch(
@@ -229,12 +235,13 @@ def prefill_attention_launch(
     softcap: float = 0.0,
     early_launch: bool = False,
     tile: PrefillTile | None = None,
+    out_THD: Tensor | None = None,
 ) -> Tensor:
-    """The Triton kernel."""
+    """The Triton kernel. query_start may begin above 0: earlier queries belong to others."""
     tokens, heads = q_THD.shape[:2]
     rows, width = block_table_RB.shape
-    out_THD = torch.empty_like(q_THD)
-    if tokens == 0:
+    out_THD = torch.empty_like(q_THD) if out_THD is None else out_THD
+    if tokens == 0 or rows == 0:
         return out_THD
     tile = tile or tile_for(q_THD, cache)
     assert tile.key_blocks == 1 or cache.scheme == "none"
@@ -282,17 +289,28 @@ def prefill_attention(
     window: int = 0,
     softcap: float = 0.0,
     early_launch: bool = False,
+    single_rows: int = 0,
 ) -> Tensor:
     """-> out [T, H, D] in q's dtype, new memory. Row r owns queries query_start[r] .. query_start[r+1] - 1 (at most
     max_query_len of them, none is allowed): the last tokens of its kv_len_R[r] cached ones. Query i of n sees keys up
     to position kv_len - n + i, and of these the last `window` (0: all). Queries of no row (past query_start[R]) come
-    out zero on a CPU and undefined on a GPU. query_start [R + 1] int32, kv_len [R] int32, block_table [R, B] int32;
-    scale, softcap and early_launch as in `decode_attention`. On a GPU the grid depends on shapes alone, and nothing
-    waits for the host.
+    out zero on a CPU and undefined on a GPU. query_start [R + 1] int32 from 0, kv_len [R] int32, block_table [R, B]
+    int32; scale, softcap and early_launch as in `decode_attention`.
+
+    The first `single_rows` rows have exactly one query each, and go the cheaper way of `decode_attention`. On a GPU the
+    grid depends on shapes alone, and nothing waits for the host.
     """
+    n, how = single_rows, (scale, window, softcap)
+    one = (q_THD[:n], cache, kv_len_R[:n], block_table_RB[:n], *how)
     if kernel_takes(q_THD, cache):
         assert block_table_RB.stride(1) == 1 and q_THD.is_contiguous()
-        tensors = (q_THD, cache, query_start_R1, kv_len_R, block_table_RB)
-        return prefill_attention_launch(*tensors, scale, window, softcap, early_launch)
-    args = (query_start_R1, kv_len_R, block_table_RB, max_query_len, scale, window, softcap)
-    return prefill_attention_reference(q_THD, cache, *args)
+        out_THD = torch.empty_like(q_THD)
+        if n:
+            decode_attention_launch(*one, early_launch, out_RHD=out_THD[:n])
+        many = (q_THD, cache, query_start_R1[n:], kv_len_R[n:], block_table_RB[n:])
+        return prefill_attention_launch(*many, *how, early_launch, out_THD=out_THD)
+    many = (q_THD, cache, query_start_R1[n:], kv_len_R[n:], block_table_RB[n:], max_query_len)
+    out_THD = prefill_attention_reference(*many, *how)
+    if n:
+        out_THD[:n] = decode_attention_reference(*one)
+    return out_THD
