@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from pagoda.kernels import int4_linear
 from pagoda.kernels.act_mul import act_mul
 from pagoda.kernels.rms_norm import rms_norm
 from pagoda.layers.linear import Linear, Norm
@@ -166,9 +167,11 @@ def main() -> None:
     parser.add_argument("--schemes", default="dense,int4,int8,fp8")
     parser.add_argument("--shapes", default="A,B")
     parser.add_argument("--rows", default="1,2,4,8,16,32,64,128,256")
+    parser.add_argument("--narrow-rows", type=int, default=int4_linear.NARROW_ROWS, help="int4: wide kernel past these")
     parser.add_argument("--jobs", type=int, default=min(12, os.cpu_count() or 1))
     parser.add_argument("--warm", default="", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    int4_linear.NARROW_ROWS = args.narrow_rows
     schemes, shapes, rows = args.schemes.split(","), args.shapes.split(","), [int(r) for r in args.rows.split(",")]
     todo = cases(schemes, shapes, rows)
     if args.warm:

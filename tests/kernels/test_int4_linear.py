@@ -68,12 +68,21 @@ def check(device, rows, n, k, group, glu=False, norm=False, act="", bias=False, 
         dict(rows=2, n=70, k=300, bias=True, residual=True),
         dict(rows=5, n=72, k=512, glu=True, act="gelu_tanh", bias=True),
         dict(rows=9, n=136, k=256, glu=True, bias=True),
-        dict(rows=70, n=64, k=128, residual=True),
+        dict(rows=17, n=70, k=300, bias=True, residual=True),
+        dict(rows=70, n=200, k=128, glu=True, act="silu", bias=True),
+        dict(rows=40, n=136, k=1100, glu=True, residual=True),
     ],
     ids=str,
 )
 def test_kernels_against_reference(device, group, case):
     check(device, group=group, **case)
+
+
+@pytest.mark.parametrize("glu", [False, True])
+def test_wide_tiles(device, glu, monkeypatch):
+    """Two packed tiles a program, their number odd."""
+    monkeypatch.setattr(il, "plan", lambda rows, tiles, chunks: il.Plan(32, 128, 2, 8, 3))
+    check(device, 40, 312, 256, 128, glu=glu, act="silu" if glu else "", bias=True)
 
 
 def test_assembly_is_spelled_for_every_form():

@@ -40,7 +40,7 @@ def make(scheme, role, n, k, bias, order=False):
 
 
 @pytest.mark.parametrize("scheme", ["dense", "int4", "int4 ordered"])
-@pytest.mark.parametrize("rows", [1, 3, 130])
+@pytest.mark.parametrize("rows", [1, 3, 130, 300])
 @pytest.mark.parametrize("role", ["qkv", "o", "gate_up"])
 def test_a_call_is_its_steps(scheme, rows, role):
     n, k = 72, 96
@@ -54,7 +54,7 @@ def test_a_call_is_its_steps(scheme, rows, role):
     want = h @ linear.dequantize().T + (0 if b is None else b.float())
     want = F.silu(want[:, : n // 2]) * want[:, n // 2 :] if act else want
     want = want if res is None else want + res.float()
-    assert linear.fuses(rows, False, act, res is not None) == (rows < 65 or (scheme != "dense" and rows < 129))
+    assert linear.fuses(rows, False, act, res is not None) == (rows < 65 or (scheme != "dense" and rows < 257))
     out = torch.full(want.shape, float("nan"), dtype=torch.float16)
     assert linear(x, norm=norm, act=act, residual=res, out=out) is out
     torch.testing.assert_close(out.float(), want, rtol=6e-3, atol=6e-3)

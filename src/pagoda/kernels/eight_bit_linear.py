@@ -50,7 +50,7 @@ def _kernel(
     """Grid (tiles_n * tiles_m, SPLIT). GROUPED needs BK 128."""
     pid, pm = _place(tl.program_id(0), tiles_n, tiles_m, 8)
     ps = tl.program_id(1)
-    rows, ok = tile_rows(pid, N, BN, ACT != "")
+    rows, ok = tile_rows(pid, N, BN, BN, ACT != "")
     rm = pm * BM + tl.arange(0, BM)
     rk = tl.arange(0, BK)
     per = tl.cdiv(tl.cdiv(K, BK), SPLIT) * BK
@@ -85,7 +85,7 @@ def _kernel(
         if not GROUPED:
             out *= tl.load(sw + rows, mask=ok, other=0.0)[:, None]
             out *= tl.load(sx + rm, mask=rm < M, other=0.0)[None, :]
-        finish_tile(out, y, bias, res, rm, M, pid, N, BN, BM, ACT != "", ACT, RES, BIAS)
+        finish_tile(out, y, bias, res, rm, M, pid, N, BN, BN, BM, ACT != "", ACT, RES, BIAS)
 
 
 def config(rows: int, n: int, k: int, grouped: bool, glu: bool) -> tuple[int, int, int, int, int, int]:

@@ -54,15 +54,16 @@ def small_linear_reference(x_TK: Tensor, w_NK: Tensor, extras: Extras) -> Tensor
 
 
 @jit
-def tile_rows(pid, N, BN: tl.constexpr, GLU: tl.constexpr):
-    """(rows, which exist) of output tile pid: BN in a run, or BN/2 gate rows and their BN/2 up rows."""
-    r = tl.arange(0, BN)
+def tile_rows(pid, N, BN: tl.constexpr, TILE: tl.constexpr, GLU: tl.constexpr):
+    """(rows, which exist) of output tile pid: BN in a run; or, in each TILE of them, TILE/2 gate rows and then their
+    TILE/2 up rows."""
+    r = pid * BN + tl.arange(0, BN)
     if GLU:
-        gate = pid * (BN // 2) + r % (BN // 2)
-        rows = gate + tl.where(r < BN // 2, 0, N // 2)
+        gate = r // TILE * (TILE // 2) + r % (TILE // 2)
+        rows = gate + tl.where(r % TILE < TILE // 2, 0, N // 2)
         ok = gate < N // 2
     else:
-        rows = pid * BN + r
+        rows = r
         ok = rows < N
     return rows, ok
 
@@ -85,16 +86,17 @@ def meet(acc, part, count, tile, ps, BN: tl.constexpr, BM: tl.constexpr, SPLIT: 
 @jit
 def finish_tile(
     acc, y, bias, res, rm, M, pid, N,
-    BN: tl.constexpr, BM: tl.constexpr, GLU: tl.constexpr, ACT: tl.constexpr, RES: tl.constexpr, BIAS: tl.constexpr,
+    BN: tl.constexpr, TILE: tl.constexpr, BM: tl.constexpr, GLU: tl.constexpr, ACT: tl.constexpr, RES: tl.constexpr,
+    BIAS: tl.constexpr,
 ):  # fmt: skip
     """Bias, activation, residual and store of a [BN, BM] float32 tile whose rows are `tile_rows`."""
-    rows, ok = tile_rows(pid, N, BN, GLU)
+    rows, ok = tile_rows(pid, N, BN, TILE, GLU)
     width = N
     if BIAS:
         acc += tl.load(bias + rows, mask=ok, other=0.0).to(tl.float32)[:, None]
     if ACT != "":
-        gate, up = tl.split(tl.permute(tl.reshape(acc, [2, BN // 2, BM]), [1, 2, 0]))
-        acc = activate(gate, ACT) * up
+        gate, up = tl.split(tl.permute(tl.reshape(acc, [BN // TILE, 2, TILE // 2, BM]), [0, 2, 3, 1]))
+        acc = tl.reshape(activate(gate, ACT) * up, [BN // 2, BM])
         width = N // 2
         rows = pid * (BN // 2) + tl.arange(0, BN // 2)
         ok = rows < width
@@ -195,7 +197,7 @@ def _dot_kernel(
     pid = tl.program_id(0)
     ps = tl.program_id(1)
     pm = tl.program_id(2)
-    rows, ok = tile_rows(pid, N, BN, ACT != "")
+    rows, ok = tile_rows(pid, N, BN, BN, ACT != "")
     rm = pm * BM + tl.arange(0, BM)
     rk = tl.arange(0, BK)
     per = tl.cdiv(tl.cdiv(K, BK), SPLIT) * BK
@@ -225,7 +227,7 @@ def _dot_kernel(
     if last:
         if NORM:
             acc *= tl.rsqrt(tl.sum(ssq, 1) / K + eps)[None, :]
-        finish_tile(acc, y, bias, res, rm, M, pid, N, BN, BM, ACT != "", ACT, RES, BIAS)
+        finish_tile(acc, y, bias, res, rm, M, pid, N, BN, BN, BM, ACT != "", ACT, RES, BIAS)
 
 
 # (N, K, act) of the measured shapes; each won inside a whole step under early launch
