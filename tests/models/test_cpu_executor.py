@@ -92,6 +92,14 @@ def test_int4_against_the_dequantized_model(name, group_size):
     assert_close(logits(executor(program), spec), wanted, 0.03)
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_int8_against_the_dequantized_model(name):
+    spec = tiny_spec(**SPECS[name], hidden_size=256, ffn_size=384, quant=QuantSpec("online", "int8", 8, 0, False))
+    program = tiny_program(spec, scheme="int8")
+    wanted = logits(executor(in_float32(program), kind=EagerExecutor), spec)
+    assert_close(logits(executor(program), spec), wanted, 0.03)
+
+
 def in_float32(program):
     """The same program with every tensor widened."""
 
@@ -185,6 +193,26 @@ def test_a_dense_head_beside_quantized_layers_is_held_in_8_bit():
     assert_close(logits(made, spec), logits(executor(program, kind=EagerExecutor), spec), 0.02)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_tied_head_is_held_once(dtype):
+    spec = tiny_spec(tied_embeddings=True, hidden_size=40)
+    program = tiny_program(spec, dtype)
+    made = executor(program, dtype=dtype)
+    assert made.model.embed == made.model.head.q
+    wanted = logits(executor(in_float32(program), kind=EagerExecutor), spec)
+    assert_close(logits(made, spec), wanted, {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 0.02}[dtype])
+
+
+def test_the_engine_s_executor_takes_the_weights():
+    spec = tiny_spec()
+    wanted = logits(executor(tiny_program(spec)), spec)
+    program = tiny_program(spec)
+    made = make_executor(program, config(), CPU, torch.float32, Group.single())
+    assert not any(op.linear.tensors for op in program.ops if hasattr(op, "linear"))
+    made.allocate_cache(130)
+    assert all(torch.equal(a, b) for a, b in zip(logits(made, spec), wanted, strict=True))
+
+
 def test_two_engines_share_nothing():
     spec = tiny_spec()
     first, second = executor(tiny_program(spec)), executor(tiny_program(spec, seed=1))
@@ -220,7 +248,7 @@ def test_what_the_table_cannot_express_is_named():
 
 def test_the_report_says_what_runs_and_why():
     program = tiny_program(tiny_spec())
-    fast = make_executor(program, config(), CPU, torch.float32, Group.single()).describe()
+    fast = executor(program).describe()
     assert usable_variants()[0] in fast and "2 threads" in fast
     slow = make_executor(program, config(quant_policy="int4"), CPU, torch.float32, Group.single())
     assert isinstance(slow, EagerExecutor)

@@ -80,6 +80,8 @@ def tiny_program(
     embed = randn(spec.vocab_size, spec.hidden_size).to(dtype)
     layers = [layer() for _ in range(spec.num_layers)]
     parts = Parts(embed, gain(spec.hidden_size), linear("head", spec.vocab_size, spec.hidden_size, False), layers)
+    if spec.tied_embeddings:
+        parts.head = Linear.pack("head", "dense", {"weight": embed}, None, spec.hidden_size, "cpu", dtype)
     return build_program(spec, parts, Group.single())
 
 

@@ -118,6 +118,11 @@ class Linear:
         gain_K, eps = norm or (None, 0.0)
         return Extras(gain_K, eps, self.bias, act or "", None if residual is None else residual.contiguous(), pdl)
 
+    def release(self) -> Tensors:
+        """Give the tensors away, for who keeps them in another form: the matrix cannot multiply any more."""
+        tensors, self.tensors = self.tensors, {}
+        return tensors
+
     def dequantize(self) -> Tensor:
         """The matrix that is multiplied, float32 [N, K]: the oracle."""
         return self.scheme.dequantize(self.tensors, self)

@@ -4,6 +4,7 @@ Legend: N output rows, K input columns, G groups of a row.
 """
 
 import ctypes
+import sys
 from dataclasses import dataclass, field
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 W8, W4, I8 = 3, 4, 5
 MIN_GROUP = 32  # columns that the integer kernels take at once
+HUGE_PAGE, MADV_HUGEPAGE = 2 << 20, 14
 
 
 class WeightStruct(ctypes.Structure):
@@ -65,9 +67,27 @@ def _rows16(t: Tensor, glu: bool) -> Tensor:
     return torch.stack([half.view(-1, 16, *t.shape[1:]) for half in halves], 1).flatten(0, 2)
 
 
+def advise_huge_pages(tensor: Tensor) -> Tensor:
+    """Ask the kernel to back a fresh, still untouched tensor with huge pages: a tenth more read bandwidth. No error
+    where it cannot."""
+    start = -(-tensor.data_ptr() // HUGE_PAGE) * HUGE_PAGE
+    size = (tensor.data_ptr() + tensor.nbytes) // HUGE_PAGE * HUGE_PAGE - start
+    if size > 0 and sys.platform == "linux":
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), MADV_HUGEPAGE)
+    return tensor
+
+
+def return_freed_memory() -> None:
+    """Tell the C library (glibc) to give what was freed back to the system."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(ctypes.c_size_t(0))
+
+
 def _blocks(t: Tensor) -> Tensor:
     """[N, M] -> [N/16, M, 16]: the 16 rows of a block side by side."""
-    return t.view(t.shape[0] // 16, 16, t.shape[1]).transpose(1, 2).contiguous()
+    blocks = t.view(t.shape[0] // 16, 16, t.shape[1]).transpose(1, 2)
+    return advise_huge_pages(torch.empty(blocks.shape, dtype=t.dtype)).copy_(blocks)
 
 
 def _pack_bias(bias: Tensor | None, glu: bool) -> Tensor | None:
@@ -145,17 +165,23 @@ def _pack_scales(scales_NG: Tensor, glu: bool) -> tuple[float, Tensor]:
     return unit, _blocks((_rows16(scales_NG.float(), glu) / unit).half())
 
 
-def pack_cpu(
-    scheme: str, tensors: dict[str, Tensor], role: str, bias: Tensor | None, in_features: int
-) -> PackedWeight | None:
-    """A matrix in its scheme's canonical form; None where the C++ step has no kernel for it."""
+def has_kernel(scheme: str, tensors: dict[str, Tensor]) -> bool:
+    """Whether the C++ step takes a matrix in this scheme's canonical form."""
+    if scheme == "dense":
+        return tensors["weight"].dtype in KINDS
+    if scheme == "int4":
+        return tensors["qweight"].shape[1] * 2 // tensors["scales"].shape[1] % MIN_GROUP == 0
+    return scheme == "int8"
+
+
+def pack_cpu(scheme: str, tensors: dict[str, Tensor], role: str, bias: Tensor | None, in_features: int) -> PackedWeight:
+    """A matrix in its scheme's canonical form, for which there is a kernel."""
     glu = role == "gate_up"
-    if scheme == "dense" and tensors["weight"].dtype in KINDS:
+    if scheme == "dense":
         return pack_dense(tensors["weight"], bias, glu)
     if scheme == "int8":
         return pack_int8(tensors["qweight"], tensors["scales"], bias, glu, in_features)
-    if scheme == "int4":
-        qweight, scales = tensors["qweight"], tensors["scales"]
-        if qweight.shape[1] * 2 // scales.shape[1] % MIN_GROUP == 0:
-            return pack_int4(qweight, scales, tensors["zeros"], tensors.get("perm"), bias, glu, in_features)
-    return None
+    assert scheme == "int4", scheme
+    return pack_int4(
+        tensors["qweight"], tensors["scales"], tensors["zeros"], tensors.get("perm"), bias, glu, in_features
+    )

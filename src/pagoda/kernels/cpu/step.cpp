@@ -19,16 +19,22 @@ static void rotate(float* x, const float* cos, const float* sin, int pairs) {
   }
 }
 
+// Element k of token v: rows of a plain table, or lanes of the blocks that linear.h describes.
+static float embedding(const Model& m, int64_t v, int k) {
+  size_t at = (size_t)v * m.hidden + k;
+  if (m.embed_blocks) {
+    const size_t block = (size_t)(v / 16) * m.head.cols * 16;
+    at = block + (m.embed_kind == BF16 ? (size_t)(k / 2) * 32 + v % 16 * 2 + k % 2 : (size_t)k * 16 + v % 16);
+  }
+  if (m.embed_kind == F32) return ((const float*)m.embed)[at];
+  const uint16_t half = ((const uint16_t*)m.embed)[at];
+  return m.embed_kind == BF16 ? bf16_float(half) : f16_float(half);
+}
 void Run::embed(int t, int of) {
   for (int m = t; m < st.tokens; m += of) {
-    const size_t at = (size_t)st.token[m] * md.hidden;
-    const uint16_t* half = (const uint16_t*)md.embed + at;
     float* row = x + (size_t)m * ld_hidden;
-    for (int k = 0; k < ld_hidden; k++) {
-      const float v = k >= md.hidden ? 0.f : md.embed_kind == F32 ? ((const float*)md.embed)[at + k]
-                    : md.embed_kind == BF16 ? bf16_float(half[k]) : f16_float(half[k]);
-      row[k] = v * md.embed_scale;
-    }
+    for (int k = 0; k < ld_hidden; k++)
+      row[k] = k < md.hidden ? embedding(md, st.token[m], k) * md.embed_scale : 0.f;
   }
   ctx.barrier.wait(of);
 }

@@ -18,10 +18,10 @@ struct Layer {
   int64_t window;  // keys a query sees, itself included; 0: all
 };
 struct Model {
-  int32_t layers, hidden, ffn, vocab, rotary_pairs, num_blocks, gelu, embed_kind;
+  int32_t layers, hidden, ffn, vocab, rotary_pairs, num_blocks, gelu, embed_kind, embed_blocks;
   float eps, embed_scale, final_softcap;
   Shape shape;
-  const uint8_t* embed;  // [vocab][hidden]
+  const uint8_t* embed;  // [vocab][hidden], or with embed_blocks the head's own blocks of 16 rows
   const float* norm;
   const Layer* layer;
   Weight head;

@@ -11,7 +11,18 @@ from torch import Tensor
 
 from pagoda.config import EngineConfig
 from pagoda.kernels.cpu.build import BuildError, load, usable_variants
-from pagoda.kernels.cpu.pack import I8, KINDS, PackedWeight, address, pack_cpu, pack_int8, quantize_int8
+from pagoda.kernels.cpu.pack import (
+    I8,
+    KINDS,
+    PackedWeight,
+    address,
+    advise_huge_pages,
+    has_kernel,
+    pack_cpu,
+    pack_int8,
+    quantize_int8,
+    return_freed_memory,
+)
 from pagoda.kernels.cpu.step_table import LayerStruct, ModelStruct, StepContext, StepStruct
 from pagoda.kernels.cpu.threads import default_threads
 from pagoda.layers.parallel import Group
@@ -66,12 +77,19 @@ def _check(program: StepProgram, config: EngineConfig, dtype: torch.dtype, group
         raise CannotRun(f"the C++ step does not take heads of {spec.head_dim}")
     if program.num_heads % program.num_kv_heads:
         raise CannotRun("query heads are not a multiple of kv heads")
+    for op in program.ops:
+        if isinstance(op, ops.Gate) and op.act not in ("silu", "gelu_tanh"):
+            raise CannotRun(f"the C++ step does not know the activation {op.act}")
+        if isinstance(op, ops.Project | ops.Head) and not has_kernel(op.linear.scheme.name, op.linear.tensors):
+            raise CannotRun(f"the C++ step has no kernel for these {op.linear.scheme.name} weights")
 
 
 class CpuExecutor:
     """The Executor of CPUs. Raises CannotRun at construction where the table cannot express the program (and BuildError
-    where nothing can be compiled): the caller then takes the eager one and says why. It keeps packed copies: the
-    program's own tensors may go when it is made."""
+    where nothing can be compiled), before it touches a weight: the caller then takes the eager one and says why.
+
+    Weights are packed anew; with `take_weights` the program's own go one by one as they are, so that memory holds them
+    once: the program is of no use afterwards."""
 
     graph_safe = False
 
@@ -83,6 +101,7 @@ class CpuExecutor:
         dtype: torch.dtype,
         group: Group,
         variant: str | None = None,
+        take_weights: bool = False,
     ):
         _check(program, config, dtype, group)
         spec = program.spec
@@ -93,10 +112,12 @@ class CpuExecutor:
         self.width = -(-spec.head_dim // 16) * 16
         self.rope = Rope(spec.rope, session_len(spec, config), device)
         self.context = StepContext(load(self.variant))
-        self._keep: list[Any] = []  # what the tables point to
         layers = cut_layers(program)
+        self._keep: list[Any] = []  # what the tables point to
+        self._take = take_weights
         self.layers = (LayerStruct * len(layers))(*(self._layer(layer) for layer in layers))
         self.model = self._model(program, layers[0][9].act)
+        return_freed_memory()
         self.cache: list[Tensor] = []
 
     def describe(self) -> str:
@@ -111,9 +132,13 @@ class CpuExecutor:
         return address(tensor)
 
     def _weight(self, linear: Any) -> PackedWeight:
-        packed = pack_cpu(linear.scheme.name, linear.tensors, linear.role, linear.bias, linear.in_features)
-        if packed is None:
-            raise CannotRun(f"the C++ step has no kernel for these {linear.scheme.name} weights")
+        """Packed. Beside quantized layers a dense head would be the most of a step's bytes: it goes to 8 bit."""
+        scheme, bias, inputs = linear.scheme.name, linear.bias, linear.in_features
+        tensors = linear.release() if self._take else linear.tensors
+        if linear.role == "head" and scheme == "dense" and self.spec.quant is not None:
+            packed = pack_int8(*quantize_int8(tensors["weight"]), bias, in_features=inputs)
+        else:
+            packed = pack_cpu(scheme, tensors, linear.role, bias, inputs)
         self._keep.append(packed)
         return packed
 
@@ -133,19 +158,11 @@ class CpuExecutor:
             window=attend.window,
         )
 
-    def _head(self, linear: Any) -> PackedWeight:
-        """Beside quantized layers a dense head would be the largest part of a step's bytes: it is held in 8 bit."""
-        if self.spec.quant is None or linear.scheme.name != "dense":
-            return self._weight(linear)
-        packed = pack_int8(*quantize_int8(linear.tensors["weight"]), linear.bias, in_features=linear.in_features)
-        self._keep.append(packed)
-        return packed
-
     def _model(self, program: StepProgram, act: str) -> ModelStruct:
         spec, embed, head = program.spec, program.ops[0], program.ops[-1]
-        if act not in ("silu", "gelu_tanh"):
-            raise CannotRun(f"the C++ step does not know the activation {act}")
-        table_VC = embed.weight_VC.contiguous()
+        tied = head.linear.tensors.get("weight") is embed.weight_VC and spec.quant is None
+        head_weight = self._weight(head.linear)
+        table_VC = head_weight.q if tied else embed.weight_VC.contiguous()
         self._keep.append(table_VC)
         model = ModelStruct(
             layers=len(self.layers),
@@ -154,14 +171,15 @@ class CpuExecutor:
             vocab=head.vocab_size,
             rotary_pairs=spec.rope.dim // 2,
             gelu=act == "gelu_tanh",
-            embed_kind=KINDS[table_VC.dtype],
+            embed_kind=KINDS[embed.weight_VC.dtype],
+            embed_blocks=tied,
             eps=spec.norm_eps,
             embed_scale=torch.tensor(embed.scale, dtype=self.dtype).item(),
             final_softcap=head.softcap,
             embed=address(table_VC),
             norm=self._float(program.ops[-2].weight_C),
             layer=ctypes.addressof(self.layers),
-            head=self._head(head.linear).struct,
+            head=head_weight.struct,
         )
         shape = model.shape
         shape.kind, shape.dim, shape.width = self.kv_kind, spec.head_dim, self.width
@@ -184,7 +202,7 @@ class CpuExecutor:
         dtype = torch.int8 if self.kv_kind == I8 else self.dtype
         self.free_cache()
         for layer in self.layers:
-            numbers = [torch.zeros(units, heads, UNIT * self.width, dtype=dtype) for _ in range(2)]
+            numbers = [advise_huge_pages(torch.zeros(units, heads, UNIT * self.width, dtype=dtype)) for _ in range(2)]
             scales = [torch.zeros(units, heads, UNIT) for _ in range(2)] if self.kv_kind == I8 else []
             self.cache += numbers + scales
             layer.cache.k, layer.cache.v = (address(t) for t in numbers)
@@ -226,8 +244,8 @@ class CpuExecutor:
 def make_cpu_executor(
     program: StepProgram, config: EngineConfig, device: torch.device, dtype: torch.dtype, group: Group
 ) -> "CpuExecutor | str":
-    """The C++ executor, or the reason why it cannot run this program here."""
+    """The C++ executor, which takes the program's weights, or the reason why it cannot run this program here."""
     try:
-        return CpuExecutor(program, config, device, dtype, group)
+        return CpuExecutor(program, config, device, dtype, group, take_weights=True)
     except (CannotRun, BuildError) as e:
         return str(e)

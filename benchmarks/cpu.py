@@ -1,0 +1,137 @@
+"""Pagoda against llama.cpp on a CPU: same shapes, random weights, same threads, interleaved rounds.
+
+    python benchmarks/cpu.py --shape qwen2.5-0.5b --format int4 --peer /path/to/python-with-llama-cpp-python
+
+Prints one JSON line a workload: medians of both, their ratio and the range over the rounds. Workloads: decode of 1, 4,
+8 and 16 streams (prompts of 16 tokens) and prefill of 512 tokens. Pagoda's figures go through the whole engine
+(scheduler, runner, sampler; greedy), llama.cpp's are the bare model step. `--peer` may be left out.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from pagoda.config import EngineConfig
+from pagoda.engine.client import EngineClient, start_engine
+from pagoda.engine.request import EngineRequest, SamplingParams
+from pagoda.kernels.cpu.threads import default_threads
+
+HERE = Path(__file__).parent
+WORKLOADS = {  # name -> (what, its arguments)
+    "decode 1": ("decode", 1, 48), "decode 4": ("decode", 4, 24), "decode 8": ("decode", 8, 24),
+    "decode 16": ("decode", 16, 24), "prefill 512": ("prefill", 512),
+}  # fmt: skip
+
+
+class Ours:
+    """The engine in this process; the same two questions as llama_peer.py answers."""
+
+    def __init__(self, engine: EngineClient):
+        self.engine, self.rng, self.count = engine, random.Random(0), 0
+
+    def _ask(self, jobs: list[tuple[int, int]]) -> list[list[float]]:
+        """(prompt length, new tokens) of each request -> arrival times of its tokens since all were sent."""
+        return asyncio.run(self._gather(jobs))
+
+    async def _gather(self, jobs: list[tuple[int, int]]) -> list[list[float]]:
+        started = time.perf_counter()
+
+        async def one(prompt: int, new: int) -> list[float]:
+            self.count += 1
+            ids = [self.rng.randint(3, 10000) for _ in range(prompt)]
+            params = SamplingParams(temperature=0.0, max_tokens=new)
+            ticket = self.engine.submit(EngineRequest(f"b{self.count}", ids, params, arrival=time.monotonic()))
+            return [time.perf_counter() - started async for output in ticket for _ in output.token_ids]
+
+        return await asyncio.gather(*(one(*job) for job in jobs))
+
+    def decode(self, batch: int, tokens: int) -> float:
+        """Tokens a second of all streams together, from the step after the last prompt."""
+        times = self._ask([(16, tokens + 1)] * batch)
+        begin, end = max(at[0] for at in times), max(at[-1] for at in times)
+        return sum(t > begin for at in times for t in at) / (end - begin)
+
+    def prefill(self, tokens: int) -> float:
+        [[first]] = self._ask([(tokens, 1)])
+        return tokens / first
+
+
+class Peer:
+    """llama.cpp in a process of its own, idle between questions."""
+
+    def __init__(self, python: str, shape: str, form: str, threads: int, folder: Path):
+        command = [python, HERE / "llama_peer.py", HERE / "shapes" / shape / "config.json", form]
+        command += [folder / f"{shape}-{form}.gguf", str(threads)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.name = self._line()
+
+    def _line(self) -> str:
+        line = self.process.stdout.readline().strip() if self.process.stdout else ""
+        assert line, "the peer's process ended"
+        return line
+
+    def ask(self, what: str, *numbers: int) -> float:
+        assert self.process.stdin is not None
+        print(what, *numbers, file=self.process.stdin, flush=True)
+        return float(self._line())
+
+
+def measure(
+    ask: Callable[..., float], peer: Peer | None, rounds: int, *work: object
+) -> tuple[list[float], list[float]]:
+    """`rounds` answers of each, one after the other, after one of each that is not counted."""
+    ours, theirs = [], []
+    for _ in range(rounds + 1):
+        theirs.append(peer.ask(*work) if peer else 0.0)  # type: ignore[arg-type]
+        ours.append(ask(*work))
+    return ours[1:], theirs[1:]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=("qwen2.5-0.5b", "tinyllama-1.1b"), default="qwen2.5-0.5b")
+    parser.add_argument("--format", choices=("bf16", "int8", "int4"), default="bf16")
+    parser.add_argument("--threads", type=int, default=default_threads())
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--workloads", default=",".join(WORKLOADS))
+    parser.add_argument("--peer", help="a Python that has llama-cpp-python and gguf")
+    parser.add_argument("--models", type=Path, default=Path(tempfile.gettempdir()), help="folder for GGUF files")
+    args = parser.parse_args()
+    peer = Peer(args.peer, args.shape, args.format, args.threads, args.models) if args.peer else None
+    config = EngineConfig(
+        device="cpu", dtype="bfloat16", load_format="dummy", session_len=2048, max_batch_size=16,
+        weight_format="auto" if args.format == "bf16" else args.format, num_threads=args.threads,
+        max_prefill_token_num=512, enable_prefix_caching=False,
+    )  # fmt: skip
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE).stdout
+    with start_engine(HERE / "shapes" / args.shape, config) as engine:
+        print("\n".join(engine.info.report), flush=True)
+        ours = Ours(engine)
+        for name in args.workloads.split(","):
+            what, *numbers = WORKLOADS[name]
+            mine, theirs = measure(lambda what, *n: getattr(ours, what)(*n), peer, args.rounds, what, *numbers)
+            line = {
+                "workload": name,
+                "value": statistics.median(mine),
+                "unit": "tok/s",
+                "range": [min(mine), max(mine)],
+            }
+            if peer:
+                line |= {"peer": statistics.median(theirs), "peer_range": [min(theirs), max(theirs)]}
+                line["ratio"] = statistics.median(a / b for a, b in zip(mine, theirs, strict=True))
+            line |= {"shape": args.shape, "format": args.format, "threads": args.threads, "commit": commit.strip()}
+            line["load"] = os.getloadavg()[0]
+            rounded = {k: [round(x, 2) for x in v] if isinstance(v, list) else v for k, v in line.items()}
+            print(json.dumps({k: round(v, 2) if isinstance(v, float) else v for k, v in rounded.items()}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
