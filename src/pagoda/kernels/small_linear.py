@@ -309,7 +309,8 @@ def small_linear_launch(x_TK: Tensor, w_NK: Tensor, extras: Extras, y: Tensor, c
         )  # fmt: skip
         return
     BN, BK, warps, stages, split = dot_config(T, N, K, glu)
-    BM = max(8, next_power_of_2(min(T, MAX_ROWS)))
+    # Eight columns and the sums of squares of a norm make a slow layout (A: 5.7 ms a step of 8 rows, 4.6 of 16).
+    BM = max(16 if e.gain_K is not None else 8, next_power_of_2(min(T, MAX_ROWS)))
     tiles, tiles_m = -(-N // BN), -(-T // BM)
     even = N % BN == 0 and K % BK == 0
     part = x_TK.new_empty(tiles * tiles_m * split * BN * BM if split > 1 else 1, dtype=torch.float32)
