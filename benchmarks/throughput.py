@@ -2,53 +2,26 @@
 
     python benchmarks/throughput.py --shape A --workloads W1,W2,W3,W4,W6 [--weight-format int4] [--quant-policy int8]
 
-Prints one JSON line a result: figure, unit, the physical limit by arithmetic and the share of it that is reached.
+Prints one JSON line a result: figure, unit, the physical limit by arithmetic (of an H200 where the device's own rates
+are not known) and the share of it that is reached.
 Token ids in and out, greedy, end of sequence ignored, medians of repeated runs after a warm-up.
 """
 
 import argparse
-import json
 import random
 import statistics
-import subprocess
 import time
 from pathlib import Path
-from typing import Any
 
-import torch
-
+from pagoda.cli.bench_record import Record, device_name
 from pagoda.config import EngineConfig
 from pagoda.engine.client import EngineClient, start_engine
 from pagoda.engine.request import EngineRequest, SamplingParams
+from pagoda.models.limits import CEILINGS, Limits, ceiling_of
+from pagoda.models.spec import read_spec
 
 HERE = Path(__file__).parent
-READ = 4.62e12  # bytes a second, measured read ceiling of an H200
-FLOPS = 686e12  # bf16 matmul rate under sustained load, measured
-SHAPES = {
-    # weights read a step, of them in linear layers, KV bytes a token in 16 bit, layers * heads * head_dim
-    "A": ("llama-3.1-8b", 7.50e9, 131072, 32 * 32 * 128),
-    "B": ("qwen3-0.6b", 0.595e9, 114688, 28 * 16 * 128),
-}
-KV_SHARE = {"none": 1.0, "int8": 0.516, "fp8": 0.516, "int4": 0.266}
-WEIGHT_BYTES = {"auto": 2.0, "int8": 1.0, "fp8": 1.0, "int4": 4.7 / 7.5}
-
-
-class Limits:
-    """Time that a step cannot be shorter than: bytes over the read rate, operations over the matmul rate."""
-
-    def __init__(self, shape: str, weight_format: str, quant_policy: str):
-        _, self.params, kv, self.width = SHAPES[shape]
-        self.weight_bytes = self.params * WEIGHT_BYTES[weight_format]
-        self.kv = kv * KV_SHARE[quant_policy]
-        self.flops = 1257e12 if weight_format == "fp8" else FLOPS
-
-    def decode(self, batch: int, context: float) -> float:
-        """Seconds of a decode step."""
-        return max(self.weight_bytes / READ, 2 * self.params * batch / self.flops) + batch * context * self.kv / READ
-
-    def prefill(self, lengths: list[int]) -> float:
-        """Seconds to compute prompts; causal attention counted once."""
-        return sum(2 * self.params * n + 2 * self.width * n * n for n in lengths) / self.flops
+SHAPES = {"A": "llama-3.1-8b", "B": "qwen3-0.6b"}
 
 
 def ask(engine: EngineClient, jobs: list[tuple[list[int], int]]) -> tuple[float, list[list[float]]]:
@@ -79,15 +52,8 @@ def fresh(rng: random.Random, n: int) -> list[int]:
 
 
 class Race:
-    def __init__(self, engine: EngineClient, limits: Limits, common: dict[str, Any]):
-        self.engine, self.limits, self.common, self.rng = engine, limits, common, random.Random(1)
-
-    def say(self, workload: str, value: float, unit: str, limit: float | None, **more: Any) -> None:
-        share = {} if limit is None else {"limit": round(limit, 1), "of_limit": round(value / limit, 3)}
-        print(
-            json.dumps({"workload": workload, "value": round(value, 2), "unit": unit, **share, **more, **self.common}),
-            flush=True,
-        )
+    def __init__(self, engine: EngineClient, limits: Limits, record: Record):
+        self.engine, self.limits, self.say, self.rng = engine, limits, record.say, random.Random(1)
 
     def w1(self) -> None:
         rates, firsts = [], []
@@ -96,7 +62,7 @@ class Race:
             rates.append(255 / (at[-1] - at[0]))
             firsts.append(at[0] * 1e3)
         self.say("W1", statistics.median(rates[1:]), "tok/s", 1 / self.limits.decode(1, 256))
-        self.say("W1 first token", statistics.median(firsts[1:]), "ms", None)
+        self.say("W1 first token", statistics.median(firsts[1:]), "ms")
 
     def w2(self) -> None:
         rng = random.Random(0)
@@ -105,10 +71,7 @@ class Race:
             n = rng.randint(100, 1024)
             prompts.append([rng.randint(0, 10000) for _ in range(n)])
         outs = [rng.randint(100, 1024) for _ in range(256)]
-        limit = self.limits.prefill([len(p) for p in prompts])
-        for step in range(max(outs)):
-            live = [len(p) + step for p, n in zip(prompts, outs, strict=True) if n > step]
-            limit += self.limits.decode(len(live), sum(live) / len(live))
+        limit = self.limits.run([(len(p), n) for p, n in zip(prompts, outs, strict=True)])
         rates = []
         for turn in range(2):
             shifted = [[(t + 7919 * turn) % 10001 for t in p] for p in prompts]
@@ -143,16 +106,6 @@ def main() -> None:
     parser.add_argument("--prefill-tokens", type=int, default=8192)
     parser.add_argument("--no-graph", action="store_true")
     args = parser.parse_args()
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE
-    ).stdout.strip()
-    common = {
-        "shape": args.shape,
-        "weights": args.weight_format,
-        "cache": args.quant_policy,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "commit": commit,
-    }
     config = EngineConfig(
         session_len=4352,
         max_batch_size=256,
@@ -163,11 +116,15 @@ def main() -> None:
         max_prefill_token_num=args.prefill_tokens,
         cuda_graph=not args.no_graph,
     )
+    folder = HERE / "shapes" / SHAPES[args.shape]
+    device = device_name(config.device)
+    limits = Limits(read_spec(folder, config), config, ceiling_of(device) or CEILINGS["H200"])
+    record = Record({"shape": args.shape, "weights": args.weight_format, "cache": args.quant_policy, "device": device})
     started = time.perf_counter()
-    with start_engine(HERE / "shapes" / SHAPES[args.shape][0], config) as engine:
+    with start_engine(folder, config) as engine:
         ready = time.perf_counter() - started
         print("\n".join(engine.info.report), flush=True)
-        race = Race(engine, Limits(args.shape, args.weight_format, args.quant_policy), common)
+        race = Race(engine, limits, record)
         for workload in args.workloads.split(","):
             if workload == "W1":
                 race.w1()
@@ -179,7 +136,7 @@ def main() -> None:
                 race.w4(64)
                 race.w4(256)
             elif workload == "W6":
-                race.say("W6 dummy weights, construct to ready", ready, "s", None)
+                race.say("W6 dummy weights, construct to ready", ready, "s")
 
 
 if __name__ == "__main__":

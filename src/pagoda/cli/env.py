@@ -31,7 +31,7 @@ def _package(name: str) -> str:
         return "not installed"
 
 
-def _cpu() -> str:
+def cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -62,7 +62,7 @@ def collect() -> dict[str, str]:
         "pagoda": __version__,
         "python": f"{platform.python_version()} ({sys.executable})",
         "platform": platform.platform(),
-        "cpu": f"{_cpu()}, {cores} cores, {_memory_gib():.0f} GiB",
+        "cpu": f"{cpu_name()}, {cores} cores, {_memory_gib():.0f} GiB",
         "gpu": ", ".join(_gpus()) or "none",
         "c++ compiler": shutil.which("g++") or shutil.which("clang++") or "none",
     }

@@ -26,6 +26,11 @@ VERBS: dict[str, Verb] = {
     "chat": Verb("pagoda.cli.chat", "talk to a model in the terminal", first_words=("turbomind", "torch", "pytorch")),
     "convert": Verb("pagoda.cli.convert", "write a workspace: weights fused, cut and packed once"),
     "eval": Verb("pagoda.cli.eval", "measure perplexity and accuracy under an engine setting"),
+    "bench": Verb(
+        "pagoda.cli.bench",
+        "measure throughput, latency and serving; or profile steps",
+        first_words=("throughput", "latency", "serving"),
+    ),
     "list": Verb("pagoda.cli.list_templates", "the names of the chat templates"),
     "env": Verb("pagoda.cli.env", "this machine and the versions of what matters", aliases=("check_env",)),
 }
