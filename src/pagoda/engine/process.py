@@ -139,7 +139,9 @@ class EngineLoop:
     def _emit(self, outputs: list[Output]) -> None:
         """One message for each client that has news."""
         by_sender: dict[bytes, list[Output]] = {}
+        now = time.monotonic()
         for output in outputs:
+            output.time = now
             self._grammars.accept(output)
             sender = self._owner.get(output.id)
             if sender is not None:
