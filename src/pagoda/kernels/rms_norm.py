@@ -4,6 +4,7 @@ Contract. x_TC: [T, C] float32, bfloat16 or float16, rows contiguous (any row st
 multiplies; residual_TC: like x. y = x * rsqrt(mean(x^2) + eps) * weight, computed in float32 and rounded once. With a
 residual the sum s = x + residual is rounded to x's dtype first, then normalised, and both are returned. The caller may
 give `out` (for y) and `out_sum` (for s; may be `residual_TC` itself); otherwise new tensors are made. T may be 0.
+early_launch (GPU): start before the previous kernel of the stream has ended, and wait for it inside.
 Leading dimensions: only the last axis is normalised; x may be of any rank when no residual is given.
 Shape letters: T tokens, C hidden size.
 """
@@ -11,7 +12,7 @@ Shape letters: T tokens, C hidden size.
 import torch
 from torch import Tensor
 
-from pagoda.kernels.triton_env import jit, next_power_of_2, tl
+from pagoda.kernels.triton_env import INTERPRETED, gdc_launch_dependents, gdc_wait, jit, next_power_of_2, tl
 
 MAX_KERNEL_C = 32768  # one program holds a row in registers; longer rows take the reference
 
@@ -26,11 +27,17 @@ def rms_norm_reference(x_TC: Tensor, weight_C: Tensor, eps: float, residual_TC: 
 
 
 @jit
-def _rms_norm_kernel(x, weight, res, y, s, x_stride, C, eps, BLOCK: tl.constexpr, RES: tl.constexpr):
+def _rms_norm_kernel(
+    x, weight, res, y, s, x_stride, C, eps, BLOCK: tl.constexpr, RES: tl.constexpr, EARLY: tl.constexpr
+):
     """One program a row; res, y and s have rows of exactly C."""
     row = tl.program_id(0).to(tl.int64)
     col = tl.arange(0, BLOCK)
     mask = col < C
+    w = tl.load(weight + col, mask=mask, other=0.0).to(tl.float32)
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
     v = tl.load(x + row * x_stride + col, mask=mask, other=0.0)
     if RES:
         v = v.to(tl.float32) + tl.load(res + row * C + col, mask=mask, other=0.0).to(tl.float32)
@@ -38,11 +45,12 @@ def _rms_norm_kernel(x, weight, res, y, s, x_stride, C, eps, BLOCK: tl.constexpr
         tl.store(s + row * C + col, v, mask=mask)
     v = v.to(tl.float32)
     rstd = tl.rsqrt(tl.sum(v * v, 0) / C + eps)
-    w = tl.load(weight + col, mask=mask, other=0.0).to(tl.float32)
     tl.store(y + row * C + col, (v * rstd * w).to(y.dtype.element_ty), mask=mask)
 
 
-def rms_norm_launch(x_TC: Tensor, weight_C: Tensor, eps: float, residual_TC: Tensor | None, out: Tensor, out_sum):
+def rms_norm_launch(
+    x_TC: Tensor, weight_C: Tensor, eps: float, residual_TC: Tensor | None, out: Tensor, out_sum, early_launch=False
+):
     """The Triton kernel on 2-D operands; out and out_sum contiguous."""
     T, C = x_TC.shape
     block = next_power_of_2(C)
@@ -58,7 +66,9 @@ def rms_norm_launch(x_TC: Tensor, weight_C: Tensor, eps: float, residual_TC: Ten
         eps,
         BLOCK=block,
         RES=residual_TC is not None,
+        EARLY=early_launch,
         num_warps=min(16, max(1, block // 512)),
+        **({"launch_pdl": True} if early_launch and not INTERPRETED else {}),
     )
 
 
@@ -69,6 +79,7 @@ def rms_norm(
     residual_TC: Tensor | None = None,
     out: Tensor | None = None,
     out_sum: Tensor | None = None,
+    early_launch: bool = False,
 ):
     """The door: Triton on CUDA for C up to 32768, plain torch elsewhere. Returns y, or (y, x + residual)."""
     assert weight_C.shape == x_TC.shape[-1:]
@@ -85,5 +96,5 @@ def rms_norm(
         residual_TC = residual_TC.contiguous()
         out_sum = torch.empty_like(residual_TC) if out_sum is None else out_sum
     if flat.shape[0]:
-        rms_norm_launch(flat, weight_C, eps, residual_TC, out, out_sum)
+        rms_norm_launch(flat, weight_C, eps, residual_TC, out, out_sum, early_launch)
     return out if residual_TC is None else (out, out_sum)

@@ -99,7 +99,7 @@ class Linear:
             self.scheme.fused(x_TK, self, norm, act, residual, out, pdl)
             return out
         if norm is not None and not ((act or residual is not None) and self.fuses(x_TK.shape[0], True)):
-            x_TK, norm = rms_norm(x_TK, norm.weight_K, norm.eps), None
+            x_TK, norm = rms_norm(x_TK, norm.weight_K, norm.eps, early_launch=pdl), None
             if act or residual is not None:
                 return self(x_TK, act=act, residual=residual, out=out)
         if act is None and residual is None:

@@ -98,7 +98,7 @@ class EagerExecutor:
         f.h = embed(f.step.token_T, op.weight_VC, op.scale, self.group, op.split)
 
     def _norm(self, op: ops.Norm, f: Frame) -> None:
-        f.x = rms_norm(f.h, op.weight_C, op.eps)
+        f.x = rms_norm(f.h, op.weight_C, op.eps, early_launch=f.early)
 
     def _project(self, op: ops.Project, f: Frame) -> None:
         f.x = op.linear(f.x, pdl=f.early)
@@ -127,7 +127,7 @@ class EagerExecutor:
         f.x = act_mul(f.x, op.act)
 
     def _post_norm(self, op: ops.PostNorm, f: Frame) -> None:
-        f.x = rms_norm(f.x, op.weight_C, op.eps)
+        f.x = rms_norm(f.x, op.weight_C, op.eps, early_launch=f.early)
 
     def _add(self, op: ops.Add, f: Frame) -> None:
         f.h = f.h + f.x

@@ -142,12 +142,12 @@ class GpuExecutor(EagerExecutor):
         )  # fmt: skip
 
     def _add_norm(self, op: AddNorm, f: Frame) -> None:
-        f.x, f.h = rms_norm(f.x, op.norm.weight_C, op.norm.eps, residual_TC=f.h, out_sum=f.h)
+        f.x, f.h = rms_norm(f.x, op.norm.weight_C, op.norm.eps, residual_TC=f.h, out_sum=f.h, early_launch=f.early)
 
     def _norm_head(self, op: NormHead, f: Frame) -> None:
         linear, rows, norm = op.head.linear, f.h.shape[0], op.norm
         if not linear.fuses(rows, norm=True):
-            f.h, norm = rms_norm(f.h, norm.weight_K, norm.eps), None
+            f.h, norm = rms_norm(f.h, norm.weight_K, norm.eps, early_launch=f.early), None
         out = None
         if linear.fuses(rows, norm=norm is not None):  # these kernels round to any type, so to float32 at once
             out = torch.empty(rows, linear.out_features, dtype=torch.float32, device=self.device)
