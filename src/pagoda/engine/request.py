@@ -92,7 +92,6 @@ class Output(Struct, omit_defaults=True):
     `token_ids` are new ones; a stop token is not among them, it is `stop_id`. `logprobs` stands beside `token_ids`.
     `prompt_logprobs` (once, with the first token): one entry for each token of the prompt, None for the first, which
     nothing predicts. `num_prompt_tokens` includes the session's history; `num_cached_tokens` of them were not computed.
-   
     `time` is `time.monotonic()` when the engine gave it out.
     `error` is a sentence for the client, `error_kind` the class of our error tree that a refused request raised.
     """
