@@ -102,6 +102,7 @@ def main() -> None:
     parser.add_argument("--workloads", default="W1,W2,W3,W4,W6")
     parser.add_argument("--weight-format", default="auto")
     parser.add_argument("--quant-policy", default="none")
+    parser.add_argument("--workspace", type=Path, help="take the weights from this workspace of the shape (W6)")
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--prefill-tokens", type=int, default=8192)
     parser.add_argument("--no-graph", action="store_true")
@@ -109,7 +110,7 @@ def main() -> None:
     config = EngineConfig(
         session_len=4352,
         max_batch_size=256,
-        load_format="dummy",
+        load_format="safetensors" if args.workspace else "dummy",
         weight_format=args.weight_format,
         quant_policy=args.quant_policy,
         tp=args.tp,
@@ -121,7 +122,7 @@ def main() -> None:
     limits = Limits(read_spec(folder, config), config, ceiling_of(device) or CEILINGS["H200"])
     record = Record({"shape": args.shape, "weights": args.weight_format, "cache": args.quant_policy, "device": device})
     started = time.perf_counter()
-    with start_engine(folder, config) as engine:
+    with start_engine(args.workspace or folder, config) as engine:
         ready = time.perf_counter() - started
         print("\n".join(engine.info.report), flush=True)
         race = Race(engine, limits, record)
@@ -136,7 +137,7 @@ def main() -> None:
                 race.w4(64)
                 race.w4(256)
             elif workload == "W6":
-                race.say("W6 dummy weights, construct to ready", ready, "s")
+                race.say(f"W6 {'workspace' if args.workspace else 'dummy weights'}, construct to ready", ready, "s")
 
 
 if __name__ == "__main__":
