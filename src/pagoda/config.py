@@ -81,6 +81,11 @@ def parse_quant_policy(value: Any) -> str:
     return names[number]
 
 
+def _brief(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else text[:97] + "..."
+
+
 class Checked:
     """Base of the config dataclasses: checks every field on construction, builds from a mapping loudly."""
 
@@ -93,9 +98,9 @@ class Checked:
                 object.__setattr__(self, field.name, value)
             if meta.get("choices") is not None and value not in meta["choices"]:
                 allowed = ", ".join(map(str, meta["choices"]))
-                raise ConfigError(f"{field.name} is {value!r}: it must be one of {allowed}.")
+                raise ConfigError(f"{field.name} is {_brief(value)}: it must be one of {allowed}.")
             if meta.get("check") is not None and not meta["check"](value):
-                raise ConfigError(f"{field.name} is {value!r}: it must be {meta['rule']}.")
+                raise ConfigError(f"{field.name} is {_brief(value)}: it must be {meta['rule']}.")
 
     @classmethod
     def from_mapping(cls: type[T], values: Mapping[str, Any]) -> T:
@@ -300,6 +305,7 @@ class ServeConfig(Checked):
     )
     num_http_workers: int = knob(1, "HTTP processes in front of one engine", check=_positive, rule="1 or more")
     drain_seconds: float = knob(30.0, "time open requests get after SIGTERM", check=_between(0, 3600), rule="0 to 3600")
+    session_dir: str | None = knob(None, "folder where sessions may be saved and restored; default: not possible")
     queue_seconds: float = knob(
         60.0, "longest wait of a request in the queue", check=_between(0, 86400), rule="0 to 86400"
     )

@@ -65,6 +65,24 @@ class PromptTooLongError(RequestError):
     """The prompt leaves no room for a single new token in the session."""
 
 
+class BodyTooLargeError(RequestError):
+    """The request's body is larger than the server reads."""
+
+    http_status = 413
+
+
+class MediaTypeError(RequestError):
+    """The body is not of a type that the server reads."""
+
+    http_status = 415
+
+
+class SlowRequestError(RequestError):
+    """The client did not finish its request in time."""
+
+    http_status = 408
+
+
 class GrammarError(RequestError):
     """A schema, expression or grammar was refused by the grammar library."""
 

@@ -3,18 +3,20 @@
 It is the place where strings become token ids and token ids become strings; the engine below sees ids only.
 """
 
+import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pagoda.config import EngineConfig, GenerationConfig
-from pagoda.engine.client import EngineClient, Ticket, start_engine
+from pagoda.engine.client import EngineClient, Ticket, named_error, start_engine
 from pagoda.engine.params import read_generation_defaults, sampling_params
 from pagoda.engine.request import EngineRequest, Output, TokenLogprobs
-from pagoda.errors import EngineError, RequestError
+from pagoda.errors import PromptTooLongError, RequestError
 from pagoda.models.find import resolve_model, text_folder
 from pagoda.models.workspace import remembered_template
 from pagoda.text.grammar import compile_grammar
@@ -53,6 +55,15 @@ class Reply:
     total_time: float = 0.0
 
 
+class Prepared(NamedTuple):
+    """A request that is ready to go, and how its tokens become text."""
+
+    request: EngineRequest
+    stop_words: tuple[str, ...]
+    skip_special: bool
+    continues: bool
+
+
 class Answering:
     """One request on its way: turns the engine's outputs into pieces and fills `reply`."""
 
@@ -61,11 +72,11 @@ class Answering:
         self._received = 0
 
     def take(self, output: Output) -> Piece | None:
-        """The piece that an output adds; None when it adds nothing. Raises `EngineError` when the engine failed."""
+        """The piece that an output adds; None when it adds nothing. Raises the error that ended the request."""
         reply, now = self.reply, time.monotonic() - self._started
         reply.total_time = now
         if output.finish_reason == "error":
-            raise EngineError(output.error or "The engine failed on this request.")
+            raise named_error(output.error_kind or "EngineError", output.error or "The engine failed on this request.")
         if output.num_prompt_tokens:
             reply.input_token_len, reply.cached_token_len = output.num_prompt_tokens, output.num_cached_tokens
         if output.prompt_logprobs is not None:
@@ -108,14 +119,16 @@ class Pipeline:
         chat_template: str | None = None,
         inline: bool = True,
         progress: Callable[[float], None] | None = None,
+        engine: EngineClient | None = None,
     ):
+        """`engine`: one that runs already, instead of starting one."""
         folder = resolve_model(str(model))
         text = text_folder(folder)
         self.tokenizer: Tokenizer = load_tokenizer(text)
         self._template_name, self._text_folder = chat_template or remembered_template(folder), text
         self._template: ChatTemplate | None = None
         self._defaults = read_generation_defaults(text)
-        self.engine: EngineClient = start_engine(folder, config or EngineConfig(), inline, progress)
+        self.engine: EngineClient = engine or start_engine(folder, config or EngineConfig(), inline, progress)
 
     @property
     def template(self) -> ChatTemplate:
@@ -180,23 +193,40 @@ class Pipeline:
         if not do_preprocess:
             if not isinstance(prompt, str):
                 raise RequestError("do_preprocess=False takes a text, not messages.", "do_preprocess")
+            self._check_length(prompt)
             return self.tokenizer.encode(prompt, add_bos=True)
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         return self.encode_rendered(self.template.render(messages))
 
     def encode_rendered(self, text: str) -> list[int]:
         """Token ids of a rendered template; the template itself wrote the beginning of sequence, if it wants one."""
+        self._check_length(text)
         ids = self.tokenizer.encode(text, add_bos=False)
         return ids if ids else self.tokenizer.encode(text, add_bos=True)
+
+    def _check_length(self, text: str) -> None:
+        """Refuse what cannot fit before it is tokenized, which takes seconds for megabytes."""
+        most = self.engine.info.session_len * self._longest_token
+        if len(text) > most:
+            raise PromptTooLongError(
+                f"The prompt has {len(text)} characters, more than a session of {self.engine.info.session_len} tokens "
+                "can hold: shorten it.",
+                "prompt",
+            )
+
+    @cached_property
+    def _longest_token(self) -> int:
+        return max(len(self.tokenizer.token_bytes(i)) for i in range(self.tokenizer.vocab_size))
 
     def start(
         self, prompt: Prompt, gen_config: GenerationConfig | None = None, *, do_preprocess: bool = True
     ) -> Answering:
         """Submit one prompt; iterate `.ticket`, feed `.take`, read `.reply`."""
         stops = self.template.stop_words if do_preprocess else ()
-        return self.submit(self.prompt_ids(prompt, do_preprocess=do_preprocess), gen_config, stop_words=stops)
+        ids = self.prompt_ids(prompt, do_preprocess=do_preprocess)
+        return self.launch(self.prepare(ids, gen_config, stop_words=stops))
 
-    def submit(
+    def prepare(
         self,
         prompt_ids: list[int],
         gen_config: GenerationConfig | None = None,
@@ -205,13 +235,17 @@ class Pipeline:
         session_id: str | None = None,
         history_len: int = 0,
         max_new_tokens: int | None = 512,
-    ) -> Answering:
-        """Submit token ids. `history_len`: tokens that the session already holds."""
+        grammar: str | None = None,
+        max_wait: float = 0.0,
+        continues: bool = False,
+    ) -> Prepared:
+        """A request for token ids, checked; may be called in any thread. `history_len`: tokens that the session holds
+        already. `grammar`: a compiled one, before that of `gen_config`. `continues`: as in `TextStream`."""
         gen = gen_config or GenerationConfig()
         if not prompt_ids:
             raise RequestError("The prompt has no tokens: write some text.", "prompt")
         stop_ids, words = self._split_stops([*stop_words, *(gen.stop_words or ())])
-        grammar = compile_grammar(gen.response_format) if gen.response_format is not None else None
+        grammar = grammar or compile_grammar(gen.response_format)
         params = sampling_params(
             gen,
             self._defaults,
@@ -230,9 +264,15 @@ class Pipeline:
             priority=gen.priority,
             salt=gen.cache_salt or "",
             arrival=time.monotonic(),
+            max_wait=max_wait,
         )
-        stream = TextStream(self.tokenizer, tuple(words), gen.skip_special_tokens)
-        return Answering(self.engine.submit(request), stream, request.arrival)
+        return Prepared(request, tuple(words), gen.skip_special_tokens, continues)
+
+    def launch(self, prepared: Prepared, inbox: "asyncio.Queue[Output] | None" = None) -> Answering:
+        """Send a prepared request to the engine; `inbox` as in `EngineClient.submit`."""
+        request, stop_words, skip_special, continues = prepared
+        stream = TextStream(self.tokenizer, stop_words, skip_special, continues)
+        return Answering(self.engine.submit(request, inbox), stream, request.arrival)
 
     def _split_stops(self, words: list[str]) -> tuple[tuple[int, ...], list[str]]:
         """Stop texts that are one special token become stop ids, which cost nothing to watch for."""
@@ -297,7 +337,7 @@ class Session:
             new_ids = self._pipe.tokenizer.encode_continuation(full[len(self._rendered) :])
         else:
             new_ids = self._pipe.encode_rendered(full)
-        answering = self._pipe.submit(
+        prepared = self._pipe.prepare(
             new_ids,
             gen_config,
             stop_words=template.stop_words,
@@ -305,6 +345,7 @@ class Session:
             history_len=self._held,
             max_new_tokens=None,
         )
+        answering = self._pipe.launch(prepared)
         self._pending = (full, self._held + len(new_ids))
         return answering
 

@@ -31,6 +31,9 @@ VERBS: dict[str, Verb] = {
         "measure throughput, latency and serving; or profile steps",
         first_words=("throughput", "latency", "serving"),
     ),
+    "serve": Verb(
+        "pagoda.cli.serve", "answer over HTTP, with OpenAI's routes", first_words=("api_server", "api_client", "gradio")
+    ),
     "list": Verb("pagoda.cli.list_templates", "the names of the chat templates"),
     "env": Verb("pagoda.cli.env", "this machine and the versions of what matters", aliases=("check_env",)),
 }

@@ -31,9 +31,11 @@ class Ticket:
     """One request's outputs, in order, until the one with a finish reason. Iterate it from one thread, or with
     `async for` from the event loop that submitted it. `abort` may be called from anywhere, at any time."""
 
-    def __init__(self, client: "EngineClient", request_id: str, loop: asyncio.AbstractEventLoop | None):
+    def __init__(
+        self, client: "EngineClient", request_id: str, loop: asyncio.AbstractEventLoop | None, inbox: Any = None
+    ):
         self.id, self.loop, self._client = request_id, loop, client
-        self._queue: Any = queue.SimpleQueue() if loop is None else asyncio.Queue()
+        self._queue: Any = inbox or (queue.SimpleQueue() if loop is None else asyncio.Queue())
 
     def deliver(self, output: Output) -> None:
         """Called by the client, on the ticket's own event loop when it has one."""
@@ -85,13 +87,14 @@ class EngineClient:
         self._thread = threading.Thread(target=self._read, name="pagoda-engine-client", daemon=True)
         self._thread.start()
 
-    def submit(self, request: EngineRequest) -> Ticket:
-        """Send a request. Called inside a running event loop, the ticket is for `async for` there."""
+    def submit(self, request: EngineRequest, inbox: "asyncio.Queue[Output] | None" = None) -> Ticket:
+        """Send a request. Called inside a running event loop, the ticket is for `async for` there; or several requests
+        share an `inbox` of that loop, which is then read instead of the tickets."""
         try:
             loop = asyncio.get_running_loop()
         except RuntimeError:
             loop = None
-        ticket = Ticket(self, request.id, loop)
+        ticket = Ticket(self, request.id, loop, inbox)
         with self._lock:
             if self._death is not None:
                 raise self._death
@@ -105,6 +108,18 @@ class EngineClient:
         """End a request, in whatever state it is; an unknown one is ignored."""
         if self._death is None:
             self._transport.send(wire.Abort(request_id, keep_tokens))
+
+    def abort_all(self) -> None:
+        """End all requests of this client; their tickets are told."""
+        with self._lock:
+            ids = list(self._tickets)
+        for request_id in ids:
+            self.abort(request_id)
+
+    def tell(self, verb: str, **arguments: Any) -> None:
+        """Ask the engine without waiting for the answer; nothing happens when it is gone."""
+        if self._death is None:
+            self._transport.send(wire.Call(0, verb, arguments))
 
     def call(self, verb: str, timeout: float = 30.0, **arguments: Any) -> Any:
         """Ask the engine and wait for the answer; a hung or dead engine raises `EngineDeadError`."""
@@ -140,14 +155,14 @@ class EngineClient:
         """Why the engine is gone, or None while it lives."""
         return self._death
 
-    def close(self) -> None:
+    def close(self, reason: str = "The engine was closed.") -> None:
         """End open requests, stop the engine if it is ours, give back its memory. May be called twice."""
         if self._closing:
             return
         self._closing = True
         self._transport.close()
         self._thread.join(timeout=10)
-        self._die(EngineDeadError("The engine was closed."))
+        self._die(EngineDeadError(reason))
 
     def __enter__(self) -> "EngineClient":
         return self
@@ -209,7 +224,8 @@ class EngineClient:
             open_ids = list(self._tickets)
         for answers in waiting:
             answers.put(error)
-        self._dispatch([Output(id=i, finish_reason="error", error=str(error)) for i in open_ids])
+        kind = type(error).__name__
+        self._dispatch([Output(i, finish_reason="error", error=str(error), error_kind=kind) for i in open_ids])
 
 
 def _deliver_all(pairs: list[tuple[Ticket, Output]]) -> None:
@@ -270,7 +286,7 @@ class SocketTransport:
     """A ZeroMQ connection to an engine process. With `process`, the engine is ours and ends with us."""
 
     def __init__(self, address: str, process: subprocess.Popen[bytes] | None = None, folder: Path | None = None):
-        self.address, self._process, self._folder = address, process, folder
+        self.address, self.process, self._folder = address, process, folder
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.linger = 0
@@ -312,20 +328,20 @@ class SocketTransport:
             self._socket.send(self._pending.get_nowait())
 
     def alive(self) -> bool:
-        return self._process is None or self._process.poll() is None
+        return not self._closed and (self.process is None or self.process.poll() is None)
 
     def close(self) -> None:
         if self._closed:
             return
-        if self._process is None:
+        if self.process is None:
             self.send(wire.Leave())
         else:
-            self._process.terminate()
+            self.process.terminate()
             try:
-                self._process.wait(timeout=30)
+                self.process.wait(timeout=30)
             except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
+                self.process.kill()
+                self.process.wait()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
         self._closed = True

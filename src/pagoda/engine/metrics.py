@@ -39,6 +39,7 @@ class Counters(Struct):
     queue_time: Histogram = field(default_factory=Histogram)
     first_token_time: Histogram = field(default_factory=Histogram)
     inter_token_time: Histogram = field(default_factory=Histogram)
+    total_time: Histogram = field(default_factory=Histogram)
 
 
 class EngineStats(Struct):

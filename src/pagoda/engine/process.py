@@ -56,6 +56,7 @@ class EngineLoop:
             "list_sessions": self._scheduler.sessions.list,
             "delete_session": self._delete_session,
             "session_tokens": self._session_tokens,
+            "abort_requests": self._abort_requests,
             "save_sessions": lambda path: self._scheduler.sessions.save(Path(path)),
             "restore_sessions": lambda path: self._scheduler.sessions.restore(Path(path)),
             "ping": lambda: None,
@@ -77,6 +78,7 @@ class EngineLoop:
                 for sender, message in self._poll(0 if busy else IDLE_SECONDS):
                     self._take(sender, message)
                 self._scheduler.sessions.expire()
+                self._emit(self._scheduler.expire_waiting())
                 self._step()
             self._end("abort", "The engine is shutting down.")
         except Exception as error:
@@ -169,6 +171,13 @@ class EngineLoop:
     def _delete_session(self, session_id: str) -> bool:
         return self._scheduler.sessions.delete(session_id)
 
+    def _abort_requests(self, prefix: str | None = None, session_id: str | None = None) -> int:
+        """Abort by the beginning of the id, or the running turn of a session; tells how many there were."""
+        prefix = self._scheduler.sessions.turn(session_id) if session_id is not None else prefix
+        ends = self._scheduler.abort_all(prefix) if prefix else []
+        self._emit(ends)
+        return len(ends)
+
     def _session_tokens(self, session_id: str) -> list[int]:
         if session_id not in self._scheduler.sessions:
             raise NotFoundError(f"There is no session {session_id!r}.")
@@ -245,6 +254,7 @@ def build_engine(
         num_blocks=plan.num_blocks,
         vocab_size=spec.vocab_size,
         eos_ids=list(eos),
+        max_queued=scheduler.config.max_queued,
         report=[*workers.describe(), f"ready in {time.monotonic() - started:.2f} s"],
     )
     return EngineLoop(scheduler, workers, info, Grammars(text, spec.vocab_size))

@@ -66,7 +66,8 @@ def check_sizes(params: SamplingParams) -> None:
 class EngineRequest(Struct):
     """One turn. `prompt_ids` has at least one id; with a `session_id` it is only the new text, which continues the
     session's history. `priority`: lower numbers run first. Blocks of the cache are shared among equal `salt`s only.
-    `arrival` is `time.monotonic()` at the client. `id` is made by the client and unique among live requests."""
+    `arrival` is `time.monotonic()` at the client; after `max_wait` seconds in the queue (0: no limit) the request is
+    refused. `id` is made by the client and unique among live requests."""
 
     id: str
     prompt_ids: list[int]
@@ -75,6 +76,7 @@ class EngineRequest(Struct):
     priority: int = 0
     salt: str = ""
     arrival: float = 0.0
+    max_wait: float = 0.0
 
 
 class TokenLogprobs(Struct):

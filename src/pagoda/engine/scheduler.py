@@ -156,6 +156,22 @@ class Scheduler:
             self.sessions.trim(request_id, keep_tokens)
         return None
 
+    def abort_all(self, prefix: str) -> list[Output]:
+        """End every request whose id begins with `prefix`; sessions keep the tokens that were given out."""
+        ids = [i for i in self._live if i.startswith(prefix)]
+        return [self._finish(seq, Output(seq.request.id), "abort", len(seq.tokens)) for seq in map(self._live.get, ids)]
+
+    def expire_waiting(self) -> list[Output]:
+        """Refuse the requests that waited for their first slot longer than their `max_wait`."""
+        now = self.clock()
+        late = [s for s in self._waiting if s.num_cached is None and 0 < s.request.max_wait < now - s.request.arrival]
+        ends = []
+        for seq in late:
+            message = f"The request waited for {seq.request.max_wait:g} s, the most allowed: try again later."
+            self.counters.refused += 1
+            ends.append(self._finish(seq, Output(seq.request.id, error=message, error_kind="OverloadedError"), "error"))
+        return ends
+
     def fail_running(self, message: str) -> list[Output]:
         """The device lost its steps in flight: end every running request with an error. Waiting ones stay."""
         self._flights.clear()
@@ -317,6 +333,7 @@ class Scheduler:
             kept = None if keep_tokens is None else seq.tokens[: seq.num_prompt + max(0, keep_tokens)]
             self.sessions.end(seq.request.session_id, seq.request.id, kept, seq.num_prompt)
         self.counters.finished[reason] += 1
+        self.counters.total_time.add(self.clock() - seq.request.arrival)
         output.finish_reason = reason
         return output
 

@@ -69,6 +69,11 @@ class Sessions:
             raise SessionBusyError(f"Session {session_id!r} is still answering: wait for its turn to end or abort it.")
         return list(session.tokens) if session is not None else []
 
+    def turn(self, session_id: str) -> str | None:
+        """The id of the running request of a session, if any."""
+        session = self._sessions.get(session_id)
+        return session.turn if session is not None else None
+
     def begin(self, session_id: str, request_id: str) -> None:
         """A turn starts, of a session that is not busy."""
         session = self._sessions.setdefault(session_id, Session())

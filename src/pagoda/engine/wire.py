@@ -20,6 +20,7 @@ class EngineInfo(Struct):
     vocab_size: int
     eos_ids: list[int] = []
     report: list[str] = []
+    max_queued: int = 0
 
 
 class Submit(Struct, tag=True):

@@ -1,0 +1,122 @@
+"""The engine as one HTTP process sees it: on its way, ready, stalled or gone."""
+
+import asyncio
+import hashlib
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+from starlette.requests import Request
+
+from pagoda.config import ServeConfig
+from pagoda.engine.client import EngineClient, SocketTransport
+from pagoda.errors import EngineDeadError, NotFoundError, OverloadedError, PagodaError
+from pagoda.log import get_logger
+from pagoda.offline import Pipeline, Prepared
+from pagoda.text.template import template_names
+
+PREPARE_SECONDS = 10.0
+R = TypeVar("R")
+log = get_logger(__name__)
+
+
+class Backend:
+    """Holds the pipeline of the engine's present life. `state`: loading, ready, stalled (alive but not moving), down
+    (being restarted) or draining."""
+
+    def __init__(self, model: str, config: ServeConfig, chat_template: str | None = None):
+        self.model, self.config = model, config
+        self.name = config.model_name or Path(model.rstrip("/")).name
+        named = config.model_name if config.model_name in template_names() else None
+        self.chat_template = chat_template or named
+        self.state = "loading"
+        self._pipe: Pipeline | None = None
+        self._transport: SocketTransport | None = None
+        self._lock = threading.Lock()
+        self._threads = ThreadPoolExecutor(8, thread_name_prefix="pagoda-prepare")
+
+    @property
+    def pipe(self) -> Pipeline:
+        """Raises `EngineDeadError` while there is no engine."""
+        if self._pipe is None:
+            raise EngineDeadError(f"The engine is {self.state}: try again in a moment.")
+        return self._pipe
+
+    @property
+    def max_open(self) -> int:
+        """HTTP requests that this process holds at once: as many as the engine runs and queues."""
+        info = self._pipe.engine.info if self._pipe is not None else None
+        return 1024 if info is None else info.max_batch_size + info.max_queued
+
+    def attach(self, pipe: Pipeline) -> None:
+        """An engine is ready."""
+        self._pipe, self.state = pipe, "ready"
+
+    def connect(self, address: str) -> None:
+        """Wait for the engine at `address`; blocks, and gives up when `lose` is called meanwhile."""
+        transport = SocketTransport(address)
+        with self._lock:
+            self._transport, self.state = transport, "loading"
+        try:
+            client = EngineClient(transport)
+            pipe = Pipeline(self.model, chat_template=self.chat_template, engine=client)
+        except PagodaError as error:
+            log.debug("no engine: %s", error)
+            return
+        with self._lock:
+            if self._transport is transport:
+                self.attach(pipe)
+
+    def lose(self) -> None:
+        """The engine is gone: open requests end with an error."""
+        with self._lock:
+            pipe, transport = self._pipe, self._transport
+            self._pipe, self._transport, self.state = None, None, "down"
+        if pipe is not None:
+            pipe.engine.close("The engine's process ended unexpectedly: try again in a moment.")
+        elif transport is not None:
+            transport.close()
+
+    def abort_all(self) -> None:
+        """End every open request; the clients are told."""
+        if self._pipe is not None:
+            self._pipe.engine.abort_all()
+
+    def follow(self, event: dict[str, Any]) -> None:
+        """One message of the supervisor."""
+        if event["engine"] == "start":
+            threading.Thread(target=self.connect, args=(event["address"],), daemon=True).start()
+        elif event["engine"] == "down":
+            self.lose()
+        elif self._pipe is not None:
+            self.state = {"stalled": "stalled", "moving": "ready"}[event["engine"]]
+
+    def check_model(self, name: str | None) -> None:
+        """Raises `NotFoundError` for a model that is not served here."""
+        if name and name not in (self.name, self.model):
+            raise NotFoundError(f"There is no model {name[:128]!r}: this server has {self.name!r}.")
+
+    def log_prompt(self, request: Request, prepared: Prepared) -> None:
+        """The beginning of a prompt, where the operator asked for it."""
+        most = self.config.max_log_len
+        if most:
+            text = self.pipe.tokenizer.decode(prepared.request.prompt_ids[:most], skip_special=False)[:most]
+            log.info("prompt", extra={"fields": {"request_id": request.state.request_id, "prompt": text}})
+
+    async def prepare(self, work: Callable[..., R], *arguments: Any) -> R:
+        """Run templates, tokenization and grammars in a thread, with a deadline."""
+        running = asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
+        try:
+            return await asyncio.wait_for(running, PREPARE_SECONDS)
+        except asyncio.TimeoutError:
+            raise OverloadedError(f"The prompt was not prepared within {PREPARE_SECONDS:g} s.") from None
+
+    async def call(self, verb: str, **arguments: Any) -> Any:
+        """Ask the engine."""
+        return await asyncio.to_thread(self.pipe.engine.call, verb, 10.0, **arguments)
+
+    def tenant_of(self, key_digest: bytes) -> str:
+        """The name under which a key's sessions and cached blocks are kept apart."""
+        return hashlib.sha256(key_digest).hexdigest()[:16]

@@ -1,0 +1,137 @@
+"""Who may enter, and how many: keys on every route, tenants apart, limits, CORS."""
+
+import json
+import logging
+from collections.abc import Iterator
+
+import httpx
+import pytest
+from serving import Running, serve
+
+from pagoda import ServeConfig
+from pagoda.errors import ConfigError
+from pagoda.offline import Pipeline
+from pagoda.serve.app import make_app
+from pagoda.serve.backend import Backend
+from pagoda.serve.middleware import OPEN_PATHS, read_keys
+
+CHAT = "/v1/chat/completions"
+HELLO = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+
+
+@pytest.fixture(scope="module")
+def locked(mini: Pipeline) -> Iterator[Running]:
+    config = ServeConfig(api_keys=["sk-one", "sk-two"], max_concurrent_per_key=2, allow_origins=["https://page.test"])
+    yield from serve(mini, config)
+
+
+def key(word: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {word}"}
+
+
+def test_every_route_asks_for_a_key(locked: Running) -> None:
+    app = make_app(Backend("mini", ServeConfig()), ServeConfig())
+    routes = [(path, verb.upper()) for path, verbs in app.openapi()["paths"].items() for verb in verbs]
+    assert len(routes) > 18
+    for path, method in [*routes, ("/abort_request", "POST"), ("/metrics", "HEAD"), ("/nothing", "GET")]:
+        for spelled in (path, path + "/", "/" + path, path.replace("/v1", "/%76%31")):
+            made = locked.http.request(method, locked.url + spelled.replace("{", "").replace("}", ""))
+            if path in OPEN_PATHS and spelled == path:
+                assert made.status_code == 200, (method, path)
+            else:
+                assert made.status_code in (401, 404) and (made.status_code == 401 or method == "HEAD"), spelled
+    assert locked.http.get("/health").status_code == 200
+
+
+@pytest.mark.parametrize(
+    "headers", [{}, key("sk-three"), {"authorization": "Bearer"}, {"authorization": "Basic sk-one"}, {"x-api-key": "x"}]
+)
+def test_wrong_keys_stay_out(locked: Running, headers: dict[str, str]) -> None:
+    made = locked.http.post(CHAT, json=HELLO, headers=headers)
+    assert made.status_code == 401 and made.headers["www-authenticate"] == "Bearer"
+    assert made.json()["error"]["type"] == "authentication_error"
+
+
+def test_right_keys_enter_and_are_kept_apart(locked: Running) -> None:
+    assert locked.http.post(CHAT, json=HELLO, headers=key("sk-one")).status_code == 200
+    assert locked.http.post(CHAT, json=HELLO, headers={"x-api-key": "sk-two"}).status_code == 200
+    turn = {"prompt": "My name is Ada.", "session_id": 5, "interactive_mode": True}
+    locked.http.post("/v1/chat/interactive", json=turn, headers=key("sk-one"))
+    mine, theirs = (locked.http.get("/v1/sessions", headers=key(k)).json()["data"] for k in ("sk-one", "sk-two"))
+    assert [s["id"] for s in mine] == ["5"] and theirs == []
+    assert locked.http.delete("/v1/sessions/5", headers=key("sk-two")).status_code == 404
+    long = {"messages": [{"role": "user", "content": "The sea is wide and blue. " * 30}], "max_tokens": 1}
+    cached = []
+    for word in ("sk-one", "sk-one", "sk-two"):
+        usage = locked.http.post(CHAT, json=long, headers=key(word)).json()["usage"]
+        cached.append(usage["prompt_tokens_details"]["cached_tokens"])
+    assert cached[0] == cached[2] == 0 < cached[1]
+
+
+def test_a_key_has_its_share(locked: Running) -> None:
+    long = {"prompt": ["a"], "n": 4, "max_tokens": 1000, "ignore_eos": True, "stream": True}
+    with (
+        locked.http.stream("POST", "/v1/completions", json=long, headers=key("sk-one")) as first,
+        locked.http.stream("POST", "/v1/completions", json=long, headers=key("sk-one")) as second,
+    ):
+        assert first.status_code == second.status_code == 200
+        third = locked.http.post(CHAT, json=HELLO, headers=key("sk-one"))
+    assert third.status_code == 429 and int(third.headers["retry-after"]) >= 1
+    assert third.json()["error"]["type"] == "rate_limit_error"
+
+
+def test_a_full_server_says_so_at_once(mini: Pipeline) -> None:
+    running = serve(mini, ServeConfig())
+    server = next(running)
+    type(server.backend).max_open, kept = property(lambda self: 0), type(server.backend).max_open
+    try:
+        made = server.http.post(CHAT, json=HELLO)
+    finally:
+        type(server.backend).max_open = kept
+        running.close()
+    assert made.status_code == 503 and "retry-after" in made.headers
+    assert made.json()["error"]["type"] == "overloaded_error"
+
+
+def test_the_engine_refuses_what_its_queue_cannot_hold(server: Running) -> None:
+    """16 run and 64 wait; 128 choices are too many, streamed or not."""
+    for stream in (True, False):
+        made = server.http.post("/v1/completions", json={"prompt": "a", "n": 128, "max_tokens": 50, "stream": stream})
+        assert made.status_code == 503 and made.json()["error"]["code"] == "overloaded"
+    assert server.http.post("/v1/completions", json={"prompt": "a", "max_tokens": 1}).status_code == 200
+
+
+def test_browsers_of_named_origins_may_call(locked: Running, server: Running) -> None:
+    ask = {"origin": "https://page.test", "access-control-request-method": "POST"}
+    assert locked.http.options(CHAT, headers=ask).headers["access-control-allow-origin"] == "https://page.test"
+    other = locked.http.options(CHAT, headers={**ask, "origin": "https://evil.test"})
+    assert "access-control-allow-origin" not in other.headers
+    assert "access-control-allow-origin" not in server.http.get("/health", headers=ask).headers
+
+
+def test_keys_come_from_files_and_the_environment(tmp_path, monkeypatch) -> None:
+    file = tmp_path / "keys"
+    file.write_text("a\nb\n")
+    monkeypatch.setenv("PAGODA_API_KEYS", "c,d")
+    assert len(read_keys([f"@{file}", "e", "a"])) == 5
+    assert b"a" not in read_keys(["a"])
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_keys(["@/nowhere/keys"])
+
+
+def test_logs_hold_no_prompts(server: Running, caplog: pytest.LogCaptureFixture) -> None:
+    secret = {"messages": [{"role": "user", "content": "my secret word is xylophone"}], "max_tokens": 1}
+    with caplog.at_level(logging.DEBUG, logger="pagoda"):
+        server.http.post(CHAT, json=secret, headers={"x-request-id": "log-1"})
+        server.http.post(CHAT, json={"messages": "xylophone", "n": "xylophone"}, headers=key("sk-hidden"))
+    lines = [json.dumps(getattr(r, "fields", {})) + r.getMessage() for r in caplog.records]
+    assert any('"log-1"' in line and '"status": 200' in line for line in lines)
+    assert not any("xylophone" in line or "sk-hidden" in line for line in lines)
+
+
+async def test_without_an_engine_everything_is_503() -> None:
+    backend = Backend("mini", ServeConfig())
+    transport = httpx.ASGITransport(app=make_app(backend, ServeConfig()))
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+        for made in (await http.get("/health"), await http.get("/ready"), await http.post(CHAT, json=HELLO)):
+            assert made.status_code == 503 and made.json()["error"]["type"] == "unavailable_error"

@@ -1,0 +1,135 @@
+"""Bodies that must be refused with a reason and never a 5xx; the server serves on afterwards."""
+
+import json
+from typing import Any
+
+import pytest
+from serving import Running
+
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+HELLO = [{"role": "user", "content": "hi"}]
+RAW = [
+    b"",
+    b"{",
+    b"[]",
+    b"null",
+    b'{"prompt": "a", "temperature": NaN}',
+    b'{"prompt": "a", "temperature": Infinity}',
+    b'{"prompt": "a", "temperature": 1e999}',
+    b'{"prompt": "a", "n": ' + b"9" * 5000 + b"}",
+    b'{"prompt": "\\ud800"}',
+    b'{"prompt": "\xff\xfe"}',
+    b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    b'{"prompt": "a", "logit_bias": {"1": NaN}}',
+    b"\x00" * 1000,
+]
+WRONG: list[tuple[str, dict[str, Any], str]] = [
+    (TEXT, {"prompt": "a", "max_tokens": -5}, "max_tokens"),
+    (TEXT, {"prompt": "a", "max_tokens": 0}, "max_tokens"),
+    (TEXT, {"prompt": "a", "n": "3"}, "n"),
+    (TEXT, {"prompt": "a", "n": True}, "n"),
+    (TEXT, {"prompt": "a", "n": 100000}, "n"),
+    (TEXT, {"prompt": "a", "n": 10**24}, "n"),
+    (TEXT, {"prompt": ["a"] * 100, "n": 100}, "n"),
+    (TEXT, {"prompt": "a", "stream": "yes"}, "stream"),
+    (TEXT, {"prompt": "a", "temperature": -1}, "temperature"),
+    (TEXT, {"prompt": "a", "top_p": 0}, "top_p"),
+    (TEXT, {"prompt": "a", "stop": ["x"] * 17}, "stop"),
+    (TEXT, {"prompt": "a", "stop": "x" * 257}, "stop"),
+    (TEXT, {"prompt": "a", "logit_bias": {"x": 1}}, "logit_bias"),
+    (TEXT, {"prompt": "a", "logit_bias": {"999999999": 1}}, "logit_bias"),
+    (TEXT, {"prompt": "a", "logit_bias": {str(i): 1 for i in range(2000)}}, "logit_bias"),
+    (TEXT, {"prompt": "a", "stop_token_ids": [10**9]}, "stop_token_ids"),
+    (TEXT, {"prompt": "a", "logprobs": 21}, "logprobs"),
+    (TEXT, {"prompt": "a", "suffix": "b"}, "suffix"),
+    (TEXT, {"prompt": "a", "best_of": 2}, "best_of"),
+    (TEXT, {"prompt": "a", "cache_salt": 5}, "cache_salt"),
+    (TEXT, {"prompt": []}, "prompt"),
+    (TEXT, {"prompt": [10**7]}, "prompt"),
+    (TEXT, {"prompt": [-1]}, "prompt"),
+    (TEXT, {"prompt": [1.5]}, "prompt"),
+    (TEXT, {"prompt": {"a": 1}}, "prompt"),
+    (TEXT, {"prompt": "word " * 5000}, "prompt"),
+    (TEXT, {}, "prompt"),
+    (TEXT, {"prompt": "a", "response_format": {"type": "regex", "regex": "(a" * 5000}}, "response"),
+    (TEXT, {"prompt": "a", "response_format": {"type": "xml"}}, "response"),
+    (TEXT, {"prompt": "a", "guided_json": "{", "n": 1}, "JSON"),
+    (CHAT, {"messages": []}, "messages"),
+    (CHAT, {"messages": [1]}, "messages"),
+    (CHAT, {"messages": [{"content": "x"}]}, "role"),
+    (CHAT, {"messages": [{"role": "user", "content": 5}]}, "content"),
+    (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "image_url"),
+    (CHAT, {"messages": HELLO * 3000}, "2048"),
+    (CHAT, {"messages": HELLO, "top_logprobs": 3}, "logprobs"),
+    (CHAT, {"messages": HELLO, "functions": [{}]}, "functions"),
+    (CHAT, {"messages": HELLO, "chat_template": "{{ 1 }}"}, "chat_template"),
+    (CHAT, {"messages": HELLO, "chat_template_kwargs": {"messages": []}}, "reserved"),
+    (CHAT, {"messages": HELLO, "chat_template_kwargs": {"a": "x" * 9000}}, "8192"),
+    (CHAT, {"messages": HELLO, "stop": True}, "stop"),
+    (CHAT, {"messages": HELLO, "echo": True, "suffix": "x"}, "suffix"),
+    ("/v1/chat/interactive", {"prompt": "a", "session_id": "x"}, "session_id"),
+    ("/v1/chat/interactive", {"prompt": "a", "request_output_len": -1}, "request_output_len"),
+    ("/generate", {"max_tokens": 5}, "prompt"),
+    ("/generate", {"input_ids": [10**9]}, "input_ids"),
+    ("/v1/encode", {"input": 5}, "input"),
+    ("/tokenize", {}, "prompt"),
+    ("/detokenize", {"tokens": ["a"]}, "tokens"),
+    ("/abort", {"request_id": "../.."}, "request_id"),
+    ("/v1/sessions/save", {"name": "../x"}, "name"),
+    ("/v1/sessions/restore", {"name": "nothing"}, "nothing"),
+    ("/v1/embeddings", {"input": "a"}, "Embeddings"),
+]
+
+
+def assert_refused(made: Any, status: int = 400) -> str:
+    assert made.status_code == status, made.text[:300]
+    error = made.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"} and error["type"] == "invalid_request_error"
+    assert "Traceback" not in made.text and "/work" not in made.text and len(made.text) < 2000
+    return error["message"]
+
+
+@pytest.mark.parametrize("body", RAW, ids=lambda b: repr(b[:40]))
+def test_bytes_that_are_no_request(server: Running, body: bytes) -> None:
+    for route in (TEXT, CHAT, "/generate", "/tokenize"):
+        assert_refused(server.http.post(route, content=body, headers={"content-type": "application/json"}))
+
+
+@pytest.mark.parametrize(("route", "body", "about"), WRONG, ids=lambda v: str(v)[:50])
+def test_fields_that_are_wrong_are_named(server: Running, route: str, body: Any, about: str) -> None:
+    assert about in assert_refused(server.http.post(route, json=body))
+
+
+def test_deep_values_inside_allowed_fields(server: Running) -> None:
+    deep: Any = "x"
+    for _ in range(900):
+        deep = [deep]
+    for body in (
+        {"messages": [{"role": "user", "content": "a", "x": deep}]},
+        {"messages": HELLO, "chat_template_kwargs": {"x": deep}},
+        {"messages": HELLO, "tools": [{"type": "function", "function": {"name": "f", "parameters": {"x": deep}}}]},
+        {"messages": HELLO, "response_format": {"type": "json_schema", "json_schema": {"schema": {"x": deep}}}},
+        {"messages": HELLO, "metadata": deep},
+    ):
+        made = server.http.post(CHAT, json={**body, "max_tokens": 1})
+        assert made.status_code in (200, 400), made.text[:300]
+
+
+def test_sizes_and_types_of_bodies(server: Running) -> None:
+    assert_refused(server.http.post(TEXT, content=b"x" * (10 << 20), headers={"content-type": "application/json"}), 413)
+    pieces = (b"x" * (1 << 20) for _ in range(10))  # no content-length: counted while reading
+    assert_refused(server.http.post(TEXT, content=pieces, headers={"content-type": "application/json"}), 413)
+    assert_refused(server.http.post(TEXT, content=b"prompt=a", headers={"content-type": "text/plain"}), 415)
+    packed = {"content-type": "application/json", "content-encoding": "gzip"}
+    assert_refused(server.http.post(TEXT, content=b"x", headers=packed), 415)
+    word = json.dumps({"prompt": "a" * (7 << 20)}).encode()
+    assert_refused(server.http.post(TEXT, content=word, headers={"content-type": "application/json"}))
+
+
+def test_routes_that_are_not_there(server: Running) -> None:
+    assert server.http.get("/nothing").status_code == 404 and "error" in server.http.get("/nothing").json()
+    assert server.http.get(TEXT).status_code == 405 and server.http.get(TEXT).headers["allow"] == "POST"
+
+
+def test_the_server_serves_on(server: Running) -> None:
+    assert server.http.post(TEXT, json={"prompt": "a", "max_tokens": 1}).status_code == 200
