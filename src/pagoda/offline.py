@@ -19,7 +19,6 @@ from pagoda.engine.request import EngineRequest, Output, TokenLogprobs
 from pagoda.errors import PromptTooLongError, RequestError
 from pagoda.models.find import resolve_model, text_folder
 from pagoda.models.workspace import remembered_template
-from pagoda.text.grammar import compile_grammar
 from pagoda.text.stream import TextStream
 from pagoda.text.template import ChatTemplate, load_template
 from pagoda.text.tokenizer import Tokenizer, load_tokenizer
@@ -245,7 +244,10 @@ class Pipeline:
         if not prompt_ids:
             raise RequestError("The prompt has no tokens: write some text.", "prompt")
         stop_ids, words = self._split_stops([*stop_words, *(gen.stop_words or ())])
-        grammar = grammar or compile_grammar(gen.response_format)
+        if grammar is None and gen.response_format is not None:
+            from pagoda.text.grammar import compile_grammar  # its library is slow to import
+
+            grammar = compile_grammar(gen.response_format)
         params = sampling_params(
             gen,
             self._defaults,

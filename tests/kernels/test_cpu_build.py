@@ -28,10 +28,12 @@ def small_source(tmp_path, monkeypatch):
     return folder / "step.cpp"
 
 
-def test_it_compiles_once_and_again_when_the_source_changes(empty_cache, small_source):
+def test_it_compiles_once_and_again_when_the_source_changes(empty_cache, small_source, capsys):
     first = build("portable")
+    assert "compiling" in capsys.readouterr().err
     stamp = first.stat().st_mtime_ns
     assert build("portable") == first and first.stat().st_mtime_ns == stamp
+    assert capsys.readouterr().err == ""
     small_source.write_text('extern "C" int pagoda_one() { return 2; }\n')
     assert build("portable") != first
     assert len(list(first.parent.iterdir())) == 2

@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
@@ -32,8 +32,10 @@ from pagoda.errors import EngineError, NotFoundError, PagodaError
 from pagoda.layers.parallel import Group
 from pagoda.log import get_logger, setup_logging
 from pagoda.models.loader import resolve_model, resolve_spec, text_folder
-from pagoda.text.grammar import GrammarMasks
 from pagoda.text.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from pagoda.text.grammar import GrammarMasks
 
 Poll = Callable[[float | None], list[tuple[bytes, wire.ToEngine]]]
 Send = Callable[[bytes, wire.FromEngine], None]
@@ -195,6 +197,8 @@ class Grammars:
 
     def add(self, request_id: str, grammar: str) -> None:
         if self._masks is None:
+            from pagoda.text.grammar import GrammarMasks  # its library is slow to import
+
             self._masks = GrammarMasks(load_tokenizer(self._text), self._vocab_size)
         self._matchers[request_id] = self._masks.matcher(grammar)
 

@@ -1,9 +1,12 @@
 """Triton where there is Triton. A CPU build of torch comes without it, so kernels import `triton`, `tl` and `jit` from
-here: without the package a kernel can be defined but not launched, and the doors never try (`HAS_TRITON`).
+here: without the package a kernel can be defined but not launched, and the doors never try (`HAS_TRITON`). A CPU build
+of torch does as if it were absent, even where it is installed: the import would cost each start a third of a second.
 """
 
 import os
 from typing import Any
+
+import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
@@ -30,6 +33,8 @@ jit: Any
 gdc_wait: Any
 gdc_launch_dependents: Any
 try:
+    if not (INTERPRETED or torch.version.cuda or torch.version.hip):
+        raise ImportError("this torch has no GPU to launch on: its importer need not wait for Triton")
     import triton
     import triton.language as tl
     from triton import jit

@@ -9,6 +9,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -67,9 +68,9 @@ def cache_folder() -> Path:
 
 
 def build(variant: str | None = None, extra: tuple[str, ...] = ()) -> Path:
-    """The compiled library of `variant` (default: the best that this CPU runs), compiled now if it is not in the cache.
-    `extra`: more compiler flags (sanitizers). Raises BuildError. Two processes may build at once: each writes its own
-    file and moves it into place."""
+    """The compiled library of `variant` (default: the best that this CPU runs), compiled now if it is not in the cache;
+    a line on stderr tells the user what takes so long. `extra`: more compiler flags (sanitizers). Raises BuildError.
+    Two processes may build at once: each writes its own file and moves it into place."""
     variant = variant or usable_variants()[0]
     compiler = os.environ.get("CXX") or "g++"
     sources = Path(__file__).parent
@@ -87,6 +88,7 @@ def build(variant: str | None = None, extra: tuple[str, ...] = ()) -> Path:
     except OSError as e:
         raise BuildError(f"the cache folder {target.parent} cannot be written ({e.strerror})") from None
     os.close(handle)
+    print("compiling the CPU kernels for this machine, once: about 10 s", file=sys.stderr, flush=True)
     try:
         command = [compiler, *FLAGS, *VARIANTS[variant].values(), *extra, str(sources / "step.cpp"), "-o", name]
         done = subprocess.run(command, capture_output=True, text=True, timeout=600)

@@ -4,6 +4,8 @@ Legend: N output rows, K input columns, G groups of a row.
 """
 
 import ctypes
+import math
+import mmap
 import sys
 from dataclasses import dataclass, field
 
@@ -59,10 +61,16 @@ class PackedWeight:
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
+def _padded(t: Tensor, dim: int, multiple: int) -> Tensor:
+    """Zeros after the end of a dimension, up to a multiple; the tensor itself where none are missing."""
+    missing = -t.shape[dim] % multiple
+    return F.pad(t, (0, 0) * (t.dim() - 1 - dim) + (0, missing)) if missing else t
+
+
 def _rows16(t: Tensor, glu: bool) -> Tensor:
     """[N, ...] with zero rows up to a multiple of 16; `glu`: 16 rows of the first half, then 16 of the second."""
     if not glu:
-        return F.pad(t, (0, 0) * (t.dim() - 1) + (0, -t.shape[0] % 16))
+        return _padded(t, 0, 16)
     halves = [_rows16(half, False) for half in t.chunk(2)]
     return torch.stack([half.view(-1, 16, *t.shape[1:]) for half in halves], 1).flatten(0, 2)
 
@@ -75,6 +83,12 @@ def advise_huge_pages(tensor: Tensor) -> Tensor:
     if size > 0 and sys.platform == "linux":
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), MADV_HUGEPAGE)
     return tensor
+
+
+def fresh_zeros(*shape: int, dtype: torch.dtype) -> Tensor:
+    """Zeros that take memory where they are first written, in huge pages where the kernel has them."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    return advise_huge_pages(torch.frombuffer(mmap.mmap(-1, nbytes), dtype=dtype).view(shape))
 
 
 def return_freed_memory() -> None:
@@ -96,7 +110,7 @@ def _pack_bias(bias: Tensor | None, glu: bool) -> Tensor | None:
 
 def pack_dense(weight_NK: Tensor, bias_N: Tensor | None = None, glu: bool = False) -> PackedWeight:
     """float32, float16 or bfloat16 weights, kept as they are."""
-    w = F.pad(_rows16(weight_NK, glu), (0, -weight_NK.shape[1] % 16))
+    w = _padded(_rows16(weight_NK, glu), 1, 16)
     kind = KINDS[w.dtype]
     q = _blocks(w.contiguous().view(torch.int32) if kind == KINDS[torch.bfloat16] else w)
     return PackedWeight(kind, w.shape[0], w.shape[1], weight_NK.shape[1], q, bias=_pack_bias(bias_N, glu))
@@ -110,7 +124,7 @@ def pack_int8(
     k = q_NK.shape[1]
     if scales_NG.shape[1] == 1:  # one scale a row: groups are the activations' only
         group = next((g for g in (128, 64) if k % g == 0), MIN_GROUP)
-        q_NK = F.pad(q_NK, (0, -k % group))
+        q_NK = _padded(q_NK, 1, group)
         scales_NG = scales_NG.expand(-1, q_NK.shape[1] // group)
     else:
         group = k // scales_NG.shape[1]
@@ -125,7 +139,7 @@ def pack_int8(
 
 def quantize_int8(weight_NK: Tensor, group: int = MIN_GROUP) -> tuple[Tensor, Tensor]:
     """(int8 [N, K padded], scales [N, G]): round to nearest, symmetric, in groups of columns."""
-    w = F.pad(weight_NK, (0, -weight_NK.shape[1] % group)).view(weight_NK.shape[0], -1, group)
+    w = _padded(weight_NK, 1, group).view(weight_NK.shape[0], -1, group)
     scales_NG = w.abs().amax(-1).float() / 127
     inverse_NG = torch.where(scales_NG > 0, 1 / scales_NG, 0.0)
     q = (w * inverse_NG.unsqueeze(-1)).round_().clamp_(-127, 127).to(torch.int8)

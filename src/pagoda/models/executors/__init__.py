@@ -35,16 +35,18 @@ def make_executor(
     program: StepProgram, config: EngineConfig, device: torch.device, dtype: torch.dtype, group: Group
 ) -> Executor:
     """The fastest executor for this device that takes this program."""
-    from pagoda.models.executors.cpu import make_cpu_executor
-    from pagoda.models.executors.eager import EagerExecutor
-    from pagoda.models.executors.gpu import GpuExecutor
-
     why_eager = ""
     if device.type == "cpu":
+        from pagoda.models.executors.cpu import make_cpu_executor
+
         made = make_cpu_executor(program, config, device, dtype, group)
         if not isinstance(made, str):
             return made
         why_eager = made
     if device.type == "cuda":
+        from pagoda.models.executors.gpu import GpuExecutor
+
         return GpuExecutor(program, config, device, dtype, group)
+    from pagoda.models.executors.eager import EagerExecutor
+
     return EagerExecutor(program, config, device, dtype, group, why_eager)

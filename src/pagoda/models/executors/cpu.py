@@ -16,7 +16,7 @@ from pagoda.kernels.cpu.pack import (
     KINDS,
     PackedWeight,
     address,
-    advise_huge_pages,
+    fresh_zeros,
     has_kernel,
     pack_cpu,
     pack_int8,
@@ -197,12 +197,13 @@ class CpuExecutor:
         return 2 * block_len * heads * per_token * len(self.layers)
 
     def allocate_cache(self, num_blocks: int) -> None:
-        """Zeroed blocks 0 .. num_blocks - 1; block 0 is scratch, where padding rows may write."""
+        """Zeroed blocks 0 .. num_blocks - 1; block 0 is scratch, where padding rows may write. The system gives their
+        memory when they are first written."""
         units, heads = num_blocks * self.config.cache_block_seq_len // UNIT, self.model.shape.kv_heads
         dtype = torch.int8 if self.kv_kind == I8 else self.dtype
         self.free_cache()
         for layer in self.layers:
-            numbers = [advise_huge_pages(torch.zeros(units, heads, UNIT * self.width, dtype=dtype)) for _ in range(2)]
+            numbers = [fresh_zeros(units, heads, UNIT * self.width, dtype=dtype) for _ in range(2)]
             scales = [torch.zeros(units, heads, UNIT) for _ in range(2)] if self.kv_kind == I8 else []
             self.cache += numbers + scales
             layer.cache.k, layer.cache.v = (address(t) for t in numbers)
