@@ -139,3 +139,11 @@ class EngineDeadError(EngineError):
 
     http_status = 503
     kind = "unavailable_error"
+
+
+def named_error(name: str, message: str) -> PagodaError:
+    """The error of this tree with that class name, or an `EngineError`."""
+    kind = globals().get(name)
+    if isinstance(kind, type) and issubclass(kind, PagodaError):
+        return kind(message)
+    return EngineError(message)

@@ -24,7 +24,10 @@ from pagoda.engine import wire
 from pagoda.engine.metrics import EngineStats
 from pagoda.engine.request import EngineRequest, Output
 from pagoda.engine.sessions import SessionInfo
-from pagoda.errors import EngineDeadError, PagodaError
+from pagoda.errors import EngineDeadError, PagodaError, named_error
+from pagoda.models.workspace import is_workspace, open_workspace
+
+LAST_WORDS = "last_words"  # the file in which a dying engine leaves its error
 
 
 class Ticket:
@@ -68,6 +71,9 @@ class Transport(Protocol):
     def receive(self, timeout: float) -> wire.FromEngine | None: ...
 
     def alive(self) -> bool: ...
+
+    def last_words(self) -> PagodaError | None:
+        """Why the engine is no longer alive, if it could leave word."""
 
     def close(self) -> None: ...
 
@@ -179,8 +185,11 @@ class EngineClient:
                 self._transport.close()
                 raise named_error(*message.error)
             if message is None and not self._transport.alive():
+                why = self._transport.last_words()
                 self._transport.close()
-                raise EngineDeadError("The engine's process ended while it was starting; its last lines say why.")
+                raise why or EngineDeadError(
+                    "The engine's process ended while it was starting; its last lines say why."
+                )
 
     def _read(self) -> None:
         while not self._closing:
@@ -195,7 +204,8 @@ class EngineClient:
                 self._die(EngineDeadError(message.error[1]))
                 return
             elif message is None and not self._transport.alive():
-                self._die(EngineDeadError("The engine's process ended unexpectedly."))
+                why = self._transport.last_words() or "The engine's process ended unexpectedly."
+                self._die(EngineDeadError(str(why)))
                 return
 
     def _dispatch(self, outputs: list[Output]) -> None:
@@ -233,14 +243,6 @@ def _deliver_all(pairs: list[tuple[Ticket, Output]]) -> None:
         ticket.deliver(output)
 
 
-def named_error(name: str, message: str) -> PagodaError:
-    """The error of our tree with that class name, or an `EngineError`."""
-    kind = getattr(errors, name, None)
-    if isinstance(kind, type) and issubclass(kind, PagodaError):
-        return kind(message)
-    return errors.EngineError(message)
-
-
 class InlineTransport:
     """The engine as a thread of this process."""
 
@@ -275,6 +277,9 @@ class InlineTransport:
 
     def alive(self) -> bool:
         return self._thread.is_alive()
+
+    def last_words(self) -> PagodaError | None:
+        return None
 
     def close(self) -> None:
         self._loop.stop()
@@ -330,6 +335,11 @@ class SocketTransport:
     def alive(self) -> bool:
         return not self._closed and (self.process is None or self.process.poll() is None)
 
+    def last_words(self) -> PagodaError | None:
+        if self._folder is None or not (self._folder / LAST_WORDS).exists():
+            return None
+        return named_error(*json.loads((self._folder / LAST_WORDS).read_text(encoding="utf-8")))
+
     def close(self) -> None:
         if self._closed:
             return
@@ -355,9 +365,15 @@ def start_engine(
     `inline`: a thread of this process; else a process of its own, which ends with this one. Raises the `PagodaError`
     that the start raised.
     """
-    if inline and config.tp == 1:
+    if inline and num_ranks(model, config) == 1:
         return EngineClient(InlineTransport(model, config, progress))
     return EngineClient(spawn_engine(model, config))
+
+
+def num_ranks(model: str | Path, config: EngineConfig) -> int:
+    """`tp`, from a workspace where the configuration leaves it open."""
+    folder = Path(model).expanduser()
+    return config.under(open_workspace(folder).settings).tp if is_workspace(folder) else config.tp
 
 
 def spawn_engine(model: str | Path, config: EngineConfig) -> SocketTransport:
@@ -368,6 +384,7 @@ def spawn_engine(model: str | Path, config: EngineConfig) -> SocketTransport:
         "model": str(model),
         "config": {k: getattr(config, k) for k in config.__dataclass_fields__},
         "address": address,
+        "last_words": str(folder / LAST_WORDS),
     }
     process = subprocess.Popen([sys.executable, "-m", "pagoda.engine.process"], stdin=subprocess.PIPE)
     assert process.stdin is not None

@@ -6,6 +6,7 @@ JSON from standard input and serves clients on a ZeroMQ socket until it is termi
 
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -72,8 +73,9 @@ class EngineLoop:
         """End the loop after the step under way; safe from any thread or signal handler."""
         self._stopping = True
 
-    def run(self) -> None:
-        """Work until stopped. Whatever goes wrong, every open request gets its end and all memory is given back."""
+    def run(self) -> bool:
+        """Work until stopped. Whatever goes wrong, every open request gets its end and all memory is given back.
+        Returns whether it ended in order."""
         try:
             while not self._stopping:
                 busy = self._scheduler.has_work or bool(self._flights)
@@ -83,10 +85,13 @@ class EngineLoop:
                 self._emit(self._scheduler.expire_waiting())
                 self._step()
             self._end("abort", "The engine is shutting down.")
+            return True
         except Exception as error:
             log.exception("the engine failed")
-            self._end("error", f"The engine failed: {type(error).__name__}: {error}")
-            self._tell_all(wire.Dead(("EngineDeadError", f"The engine failed: {error}")))
+            why = str(error) if isinstance(error, PagodaError) else f"{type(error).__name__}: {error}"
+            self._end("error", f"The engine failed: {why}")
+            self._tell_all(wire.Dead(("EngineDeadError", f"The engine failed: {why}")))
+            return False
         finally:
             self._workers.close()
 
@@ -227,13 +232,17 @@ class Grammars:
 
 
 def build_engine(
-    model: str | Path, config: EngineConfig, progress: Callable[[float], None] | None = None
+    model: str | Path,
+    config: EngineConfig,
+    progress: Callable[[float], None] | None = None,
+    last_words: Callable[[PagodaError], None] | None = None,
 ) -> EngineLoop:
-    """Load a model and put an engine around it. `progress` is told the share of the weights that is loaded."""
+    """Load a model and put an engine around it. `progress` is told the share of the weights that is loaded;
+    `last_words` an error that ends this process."""
     folder = resolve_model(str(model))
     spec, config = resolve_spec(folder, config)
     started = time.monotonic()
-    workers = start_workers(folder, spec, config, progress)
+    workers = start_workers(folder, spec, config, progress, last_words)
     plan, text = workers.plan, text_folder(folder)
     scheduler = Scheduler(
         SchedulerConfig(
@@ -264,10 +273,12 @@ def build_engine(
     return EngineLoop(scheduler, workers, info, Grammars(text, spec.vocab_size))
 
 
-def start_workers(folder: Path, spec: Any, config: EngineConfig, progress: Any = None) -> Workers:
+def start_workers(
+    folder: Path, spec: Any, config: EngineConfig, progress: Any = None, last_words: Any = None
+) -> Workers:
     """The ranks that `config` asks for."""
     if config.tp > 1:
-        return LocalRanks(folder, spec, config, progress)
+        return LocalRanks(folder, spec, config, progress, last_words)
     return OwnWorker(Runner(folder, spec, config, Group.single(), progress))
 
 
@@ -280,12 +291,12 @@ class SocketServer:
         self._socket.linger = 1000
         self._socket.bind(address)
         self._clients: set[bytes] = set()
-        self._parent = os.getppid()
+        self.parent = os.getppid()
 
     def poll(self, timeout: float | None) -> list[tuple[bytes, wire.ToEngine]]:
         """All messages that are there; an orphaned engine ends itself."""
         messages: list[tuple[bytes, wire.ToEngine]] = []
-        if timeout != 0 and os.getppid() != self._parent:
+        if timeout != 0 and os.getppid() != self.parent:
             raise EngineError("the parent process is gone")
         wait = -1 if timeout is None else int(timeout * 1000)
         while self._socket.poll(0 if messages else wait):
@@ -309,10 +320,15 @@ def main() -> None:
     """Entry of the engine's process."""
     setup_logging()
     job = json.loads(sys.stdin.buffer.read())
+
+    def leave_word(error: PagodaError) -> None:
+        words = json.dumps((type(error).__name__, str(error)))
+        Path(job["last_words"]).write_text(words, encoding="utf-8")
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is for the client
     server = SocketServer(job["address"])
     try:
-        loop = build_engine(job["model"], EngineConfig.from_mapping(job["config"]))
+        loop = build_engine(job["model"], EngineConfig.from_mapping(job["config"]), last_words=leave_word)
     except PagodaError as error:
         server.poll(5.0)
         server.send(b"", wire.Dead((type(error).__name__, str(error))))
@@ -320,8 +336,12 @@ def main() -> None:
         sys.exit(error.exit_code)
     signal.signal(signal.SIGTERM, lambda *_: loop.stop())
     loop.connect(server.poll, server.send)
-    loop.run()
+    in_order = loop.run()
     server.close()
+    if os.getppid() != server.parent:
+        shutil.rmtree(Path(job["last_words"]).parent, ignore_errors=True)
+    if not in_order:  # a device or a lost rank may keep the interpreter from ending
+        os._exit(1)
 
 
 if __name__ == "__main__":
