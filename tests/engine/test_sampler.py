@@ -176,6 +176,16 @@ def test_bias_bad_words_and_min_tokens_equal_transformers():
     assert ours[0].isinf().sum() == 6 and ours[1].isinf().sum() == 4
 
 
+def test_edits_leave_with_the_request():
+    old = {"temperature": 0.0, "logit_bias": {3: 90.0}, "bad_words": ((5,),), "min_tokens": 4, "stop_ids": (6,)}
+    state, slots = make((old, [1], 1), (old, [1], 1))
+    state.set_slots([SlotInit(0, "", SamplingParams(temperature=0.0), [1], 1, 1)])
+    for token in (4, 5, 6):
+        scores = torch.zeros(2, V)
+        scores[:, token] = 9.0
+        assert run(state, slots, scores).token_R.tolist() == [token, 3]
+
+
 def test_bad_words_follow_what_is_sampled():
     state, slots = make(({"temperature": 0, "bad_words": ((5, 6), (6, 7))}, [1], 1))
     rows = torch.zeros(4, 1, V)

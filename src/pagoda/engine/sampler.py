@@ -126,11 +126,12 @@ class SamplingState:
         self.count_S.index_copy_(0, slot_R, device_packed[2 * num : 3 * num])
         self.knob_SK.index_copy_(0, slot_R, device_packed[3 * num :].view(torch.float32).view(num, NUM_KNOBS))
         for init in inits:
-            flags = self._flags[init.slot] = flags_of(init.params)
+            before, flags = self._flags[init.slot], flags_of(init.params)
+            self._flags[init.slot] = flags
             if flags.penalties:
                 self.penalties = self.penalties or PenaltyState(self.num_slots, self.vocab_size, self.device)
                 self.penalties.set_slot(init, self._upload)
-            if flags.edits:
+            if flags.edits or before.edits:  # the last tenant's edits would hold wherever a neighbour has some
                 self.edits = self.edits or EditState(self.num_slots, self.device)
                 self.edits.set_slot(init, self._upload)
 
