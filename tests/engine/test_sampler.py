@@ -28,7 +28,9 @@ def logits(rows: int, seed: int = 0, scale: float = 3.0) -> torch.Tensor:
 
 
 def run(state, slots, logits_RV, mask=None):
-    return sample(logits_RV, slots, state, state.flags(slots.tolist()), mask)
+    sampled = sample(logits_RV, slots, state, state.flags(slots.tolist()), mask)
+    state.count_S[slots] += 1
+    return sampled
 
 
 FILTERS = [

@@ -31,13 +31,20 @@ def logits(step: int) -> torch.Tensor:
     return torch.randn(len(PARAMS), V, generator=torch.Generator().manual_seed(step)) * 3
 
 
+def sampled(logits_RV, slot_R, state, flags):
+    """One step, after which the counters stand as `advance_rows` leaves them."""
+    result = sample(logits_RV, slot_R, state, flags)
+    state.count_S.index_copy_(0, slot_R, state.count_S.index_select(0, slot_R) + 1)
+    return result
+
+
 def test_the_gpu_chooses_as_the_cpu():
     slots = list(range(len(PARAMS)))
     results = []
     for device in ("cpu", "cuda"):
         state = make(device)
         slot_R = torch.tensor(slots, device=device)
-        steps = [sample(logits(i).to(device), slot_R, state, state.flags(slots)) for i in range(12)]
+        steps = [sampled(logits(i).to(device), slot_R, state, state.flags(slots)) for i in range(12)]
         results.append(steps)
     for cpu, gpu in zip(*results, strict=True):
         assert torch.equal(cpu.token_R, gpu.token_R.cpu())
@@ -51,14 +58,14 @@ def test_a_captured_graph_samples_as_eager_steps_and_nothing_waits():
     slot_R = torch.tensor(slots, device="cuda")
     flags = eager.flags(slots)
     fixed_RV = logits(0).cuda()
-    expected = [sample(logits(i).cuda(), slot_R, eager, flags).token_R.tolist() for i in range(6)]
+    expected = [sampled(logits(i).cuda(), slot_R, eager, flags).token_R.tolist() for i in range(6)]
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
-        sample(fixed_RV, torch.full_like(slot_R, graphed.num_slots - 1), graphed, flags)
+        sampled(fixed_RV, torch.full_like(slot_R, graphed.num_slots - 1), graphed, flags)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=side):
-        result = sample(fixed_RV, slot_R, graphed, flags)
+        result = sampled(fixed_RV, slot_R, graphed, flags)
     seen = []
     torch.cuda.set_sync_debug_mode("error")
     try:

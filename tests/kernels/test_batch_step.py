@@ -18,11 +18,23 @@ def test_kernels_equal_their_references(device: torch.device, rows: int, width: 
     for got, want in zip(batch_step.launch_gather(*args), batch_step.gather_decode_reference(*args), strict=True):
         assert got.dtype == want.dtype and torch.equal(got, want)
 
-    padded_R = torch.cat([slot_R, torch.full((3,), slots - 1, device=device)])
+
+@pytest.mark.parametrize("rows", [1, 6, 200])
+def test_advance_equals_its_reference(device: torch.device, rows: int) -> None:
+    slots = rows + 4
+    trash = slots - 1
+    state = [torch.randint(1, 99, (slots,), device=device, dtype=d) for d in (torch.int64, torch.int32, torch.int64)]
+    state[2][trash] = 0
+    slot_R = torch.cat([torch.randperm(trash, device=device)[:rows], torch.full((3,), trash, device=device)])
+    sample_R = slot_R.clone()
+    sample_R[rows // 2 : rows - 1] = trash  # these do not sample
+    kv_len_R = torch.randint(1, 500, (rows + 3,), device=device, dtype=torch.int32)
     token_R = torch.randint(0, 1000, (rows + 3,), device=device)
-    token_R[rows:] = 4
-    states = [(last_S.clone(), len_S.clone()) for _ in range(2)]
-    batch_step.launch_advance(padded_R, token_R, *states[0])
-    batch_step.advance_decode_reference(padded_R, token_R, *states[1])
-    assert torch.equal(states[0][0], states[1][0]) and torch.equal(states[0][1], states[1][1])
-    assert states[0][1][-1] == 0, "trash stays empty"
+    ours, theirs = ([t.clone() for t in state] for _ in range(2))
+    batch_step.launch_advance(slot_R, kv_len_R, sample_R, token_R, *ours)
+    batch_step.advance_rows_reference(slot_R, kv_len_R, sample_R, token_R, *theirs)
+    for got, want, before in zip(ours, theirs, state, strict=True):
+        assert torch.equal(got[:trash], want[:trash])
+        assert not torch.equal(got, before)
+    assert ours[1][trash] == 0, "trash stays empty"
+    assert int(ours[2].sum() - state[2].sum()) == int((sample_R != trash).sum())

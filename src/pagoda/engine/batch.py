@@ -8,24 +8,35 @@ that was launched before the host learned that its request had ended writes into
 step that could reuse that block runs later on the same stream: nothing has to be undone.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from pagoda.engine.schedule import Row, Schedule
-from pagoda.kernels.batch_step import advance_decode, gather_decode
+from pagoda.kernels.batch_step import advance_rows, gather_decode
+from pagoda.kernels.triton_env import starts_early
 from pagoda.models.decoder import StepInput
 
 
-@dataclass(frozen=True)
-class MixedStep:
-    """A step with prompt chunks: the forward's input, its rows' slots, and where the sampling rows stand."""
+class MixedShape(NamedTuple):
+    """Sizes of a step with prompt chunks: `width` of its block tables; `single_rows`: how many of the first rows have
+    one token each."""
+
+    tokens: int
+    rows: int
+    width: int
+    max_query_len: int
+    single_rows: int
+
+
+class MixedStep(NamedTuple):
+    """A step with prompt chunks: the forward's input, its rows' slots, and those of the rows that sample (trash for the
+    others)."""
 
     step: StepInput
-    row_slot_R: torch.Tensor
-    sample_slot_L: torch.Tensor
-    sample_logit_L: torch.Tensor
+    slot_R: torch.Tensor
+    sample_slot_R: torch.Tensor
 
 
 class DeviceBatch:
@@ -37,6 +48,8 @@ class DeviceBatch:
         self.kv_len_S = torch.zeros(num_slots + 1, dtype=torch.int32, device=device)
         self.rope_len_S = torch.zeros(num_slots + 1, dtype=torch.int32, device=device)
         self.block_table_SB = torch.zeros(num_slots + 1, table_width, dtype=torch.int32, device=device)
+        self._start_R1 = torch.arange(num_slots + 2, dtype=torch.int32, device=device)  # of a decode step
+        self._early = starts_early(device)
 
     def upload(self, values: np.ndarray) -> torch.Tensor:
         """An int64 array to the device, without waiting for it."""
@@ -63,14 +76,15 @@ class DeviceBatch:
     def decode_input(self, slot_R: torch.Tensor, width: int) -> StepInput:
         """Gather one token a row (device work only; may be captured in a graph)."""
         rows = gather_decode(
-            slot_R, self.last_token_S, self.kv_len_S, self.rope_len_S, self.block_table_SB, self.block_len, width
-        )
+            slot_R, self.last_token_S, self.kv_len_S, self.rope_len_S, self.block_table_SB, self.block_len, width,
+            self._early,
+        )  # fmt: skip
         return StepInput(
             token_T=rows.token_R,
             position_T=rows.position_R,
             slot_T=rows.cache_slot_R,
             rope_len_T=rows.rope_len_R,
-            query_start_R1=torch.arange(slot_R.numel() + 1, dtype=torch.int32, device=self.device),
+            query_start_R1=self._start_R1[: slot_R.numel() + 1],
             kv_len_R=rows.kv_len_R,
             block_table_RB=rows.table_RW,
             logit_row_L=None,
@@ -79,69 +93,92 @@ class DeviceBatch:
             decode=True,
         )
 
-    def advance(self, slot_R: torch.Tensor, token_R: torch.Tensor) -> None:
-        """After a decode step: the sampled token is the next input, the cache is one token longer."""
-        advance_decode(slot_R, token_R, self.last_token_S, self.kv_len_S)
+    def advance(
+        self, slot_R: torch.Tensor, kv_len_R: torch.Tensor, sample_slot_R: torch.Tensor, token_R: torch.Tensor,
+        count_S: torch.Tensor,
+    ) -> None:  # fmt: skip
+        """After a step: the rows' cache lengths; the next input of those that sampled, and how many tokens they have
+        generated. The others name the trash slot as `sample_slot_R`."""
+        state = (self.last_token_S, self.kv_len_S, count_S)
+        advance_rows(slot_R, kv_len_R, sample_slot_R, token_R, *state, early_launch=self._early)
 
-    def mixed_input(self, rows: list[Row]) -> MixedStep:
-        """Input of a step that computes prompt chunks beside decode rows, from one packed upload."""
-        starts = np.fromiter((row.start for row in rows), np.int64, len(rows))
-        lens = np.fromiter((row.num_tokens for row in rows), np.int64, len(rows))
-        firsts = np.concatenate([[0], np.cumsum(lens)])
-        row_of = np.repeat(np.arange(len(rows)), lens)
-        logit_rows, samples = _logit_rows(rows, firsts)
-        parts = [
-            np.fromiter((row.slot for row in rows), np.int64, len(rows)),
-            starts + lens,
-            firsts,
-            # A token of -1 stands for the slot's last sampled token, which only the device knows.
-            np.concatenate([np.array([-1] if row.tokens is None else row.tokens, np.int64) for row in rows]),
-            row_of,
-            starts[row_of] + np.arange(firsts[-1]) - firsts[row_of],
-            logit_rows,
-            np.fromiter((row.slot for row in rows if row.samples), np.int64),
-            samples,
-        ]
-        packed = self.upload(np.concatenate(parts)).split([len(p) for p in parts])
-        slot_R, kv_len_R, first_R1, token_T, row_T, position_T, logit_row_L, sample_slot_L, sample_L = packed
-        longest = int((starts + lens).max())
-        table_RW = self.block_table_SB[:, : (longest - 1) // self.block_len + 1].index_select(0, slot_R)
-        slot_of_T = slot_R.index_select(0, row_T)
-        block_T = table_RW[row_T, position_T // self.block_len].long()
+    def pack_mixed(self, rows: list[Row], shape: MixedShape) -> np.ndarray:
+        """A step with prompt chunks as one array for `mixed_input`. What `shape` has beyond these rows and tokens is
+        padding: it belongs to the trash slot, without a query, and its tokens fall on the scratch block."""
+        num, R, T = len(rows), shape.rows, shape.tokens
+        starts = np.fromiter((row.start for row in rows), np.int64, num)
+        lens = np.fromiter((row.num_tokens for row in rows), np.int64, num)
+        slots = np.fromiter((row.slot for row in rows), np.int64, num)
+        samples = np.fromiter((row.samples for row in rows), bool, num)
+        ends = np.cumsum(lens)
+        total, firsts = int(lens.sum()), ends - lens
+        packed, (slot, sample_slot, kv_len, last, first, token, tenant, position) = _fields(R, T)
+        slot[num:] = sample_slot[num:] = tenant[total:] = self.trash
+        slot[:num], sample_slot[:num], kv_len[:num] = slots, np.where(samples, slots, self.trash), starts + lens
+        last[:num], first[:num], first[num:] = ends - 1, firsts, total
+        # A token of -1 stands for the slot's last sampled token, which only the device knows.
+        token[:total] = np.concatenate([_ON_DEVICE if row.tokens is None else row.tokens for row in rows])
+        tenant[:total] = np.repeat(slots, lens)
+        position[:total] = np.arange(total) + np.repeat(starts - firsts, lens)
+        return packed
+
+    def mixed_input(self, packed: torch.Tensor, shape: MixedShape) -> MixedStep:
+        """The forward's input from what `pack_mixed` made, on the device (device work only). Every row has one logit
+        row, of its last token."""
+        sizes = _sizes(shape.rows, shape.tokens)
+        parts = [part[:size] for part, size in zip(packed.split([_even(n) for n in sizes]), sizes, strict=True)]
+        slot_R, sample_slot_R, kv_len_R, last_R, first_R1, token_T, tenant_T, position_T = parts
+        block_T = self.block_table_SB[tenant_T, position_T // self.block_len].long()
         step = StepInput(
-            token_T=torch.where(token_T < 0, self.last_token_S.index_select(0, slot_of_T), token_T),
+            token_T=torch.where(token_T < 0, self.last_token_S.index_select(0, tenant_T), token_T),
             position_T=position_T,
             slot_T=block_T * self.block_len + position_T % self.block_len,
-            rope_len_T=self.rope_len_S.index_select(0, slot_of_T),
+            rope_len_T=self.rope_len_S.index_select(0, tenant_T),
             query_start_R1=first_R1.to(torch.int32),
             kv_len_R=kv_len_R.to(torch.int32),
-            block_table_RB=table_RW,
-            logit_row_L=logit_row_L,
-            max_query_len=int(lens.max()),
-            max_kv_len=longest,
-            decode=bool((lens == 1).all()),
+            block_table_RB=self.block_table_SB[:, : shape.width].index_select(0, slot_R),
+            logit_row_L=last_R,
+            max_query_len=shape.max_query_len,
+            max_kv_len=shape.width * self.block_len,
+            decode=shape.max_query_len == 1,
+            single_rows=shape.single_rows,
         )
-        return MixedStep(step, slot_R, sample_slot_L, sample_L)
+        return MixedStep(step, slot_R, sample_slot_R)
 
-    def finish_mixed(self, mixed: MixedStep, token_L: torch.Tensor) -> None:
-        """After a mixed step: the cache lengths of its rows and the tokens of those that sampled."""
-        self.kv_len_S.index_copy_(0, mixed.row_slot_R, mixed.step.kv_len_R)
-        if mixed.sample_slot_L.numel():
-            self.last_token_S.index_copy_(0, mixed.sample_slot_L, token_L)
+    def exact_shape(self, rows: list[Row]) -> MixedShape:
+        """Without padding."""
+        lens = [row.num_tokens for row in rows]
+        longest = max(row.start + row.num_tokens for row in rows)
+        single = next((i for i, n in enumerate(lens) if n > 1), len(lens))
+        return MixedShape(sum(lens), len(rows), (longest - 1) // self.block_len + 1, max(lens), single)
 
 
-def _logit_rows(rows: list[Row], firsts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Which tokens need logits (all of a row with prompt log-probabilities, the last of one that samples), and
-    where the sampling ones stand among them."""
-    wanted, samples, count = [], [], 0
-    for r, row in enumerate(rows):
-        if row.prompt_logprobs:
-            wanted.append(np.arange(firsts[r], firsts[r + 1]))
-        elif row.samples:
-            wanted.append(firsts[r + 1 : r + 2] - 1)
-        else:
-            continue
-        count += len(wanted[-1])
-        if row.samples:
-            samples.append(count - 1)
-    return (np.concatenate(wanted) if wanted else np.zeros(0, np.int64)), np.array(samples, np.int64)
+_ON_DEVICE = [-1]
+
+
+def _even(size: int) -> int:
+    """Fields begin at 16 bytes, so that kernels are compiled for one alignment alone."""
+    return size + size % 2
+
+
+def _sizes(num_rows: int, num_tokens: int) -> list[int]:
+    """Of the fields: slot, sample_slot, kv_len, last, first (one more than rows), token, tenant, position."""
+    return [num_rows] * 4 + [num_rows + 1] + [num_tokens] * 3
+
+
+def _fields(num_rows: int, num_tokens: int) -> tuple[np.ndarray, list[np.ndarray]]:
+    """A zeroed array and its fields."""
+    sizes = _sizes(num_rows, num_tokens)
+    ends = np.cumsum([_even(size) for size in sizes])
+    packed = np.zeros(ends[-1], np.int64)
+    return packed, [packed[end - _even(size) :][:size] for end, size in zip(ends, sizes, strict=True)]
+
+
+def scored_rows(rows: list[Row]) -> tuple[np.ndarray, np.ndarray]:
+    """For a step with rows that report their prompt's log-probabilities: which tokens need logits (all of such a row,
+    the last of another), and where the rows' last tokens stand among them."""
+    wanted, first = [], 0
+    for row in rows:
+        wanted.append(np.arange(first if row.prompt_logprobs else first + row.num_tokens - 1, first + row.num_tokens))
+        first += row.num_tokens
+    return np.concatenate(wanted), np.cumsum([len(part) for part in wanted]) - 1

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from pagoda.config import EngineConfig
-from pagoda.engine.batch import DeviceBatch
+from pagoda.engine.batch import DeviceBatch, MixedStep, scored_rows
 from pagoda.engine.graphs import GraphCache, padded_width
 from pagoda.engine.kv_cache import MemoryPlan, host_free_bytes, plan_memory
 from pagoda.engine.request import TokenLogprobs
@@ -61,6 +61,7 @@ class InFlight:
 
     sampled: Sampled
     sampling: list[SlotInit]  # the tenants of the rows that sample
+    places: list[int] | None  # where they stand among the rows of the step; None: they are all of them
     prompt_rows: list[tuple[Row, torch.Tensor]]
     event: torch.cuda.Event | None
 
@@ -121,27 +122,32 @@ class Runner:
         if schedule.inits:
             self._inits.update((init.slot, init) for init in schedule.inits)
             self.state.set_slots(schedule.inits)
-        slots = [row.slot for row in schedule.rows if row.samples]
+        rows = schedule.rows
+        slots = [row.slot for row in rows if row.samples]
+        places = None if len(slots) == len(rows) else [i for i, row in enumerate(rows) if row.samples]
         flags = self.state.flags(slots)
         prompt_rows: list[tuple[Row, torch.Tensor]] = []
-        if all(row.tokens is None for row in schedule.rows) and mask_LW is None:
-            sampled = self._launch_decode(schedule.rows, slots, flags)
+        if all(row.tokens is None for row in rows) and mask_LW is None:
+            sampled = self._launch_decode(rows, slots, flags)
         else:
-            sampled = self._launch_mixed(schedule.rows, flags, mask_LW, prompt_rows)
+            sampled = self._launch_mixed(rows, flags, self._spread(mask_LW, len(rows), places), prompt_rows)
         event = None
         if self.device.type == "cuda":
-            sampled = sampled.to_host(len(slots))
+            sampled = sampled.to_host(len(rows))
             event = torch.cuda.Event()
             event.record()
-        self._in_flight.append(InFlight(sampled, [self._inits[slot] for slot in slots], prompt_rows, event))
+        self._in_flight.append(InFlight(sampled, [self._inits[slot] for slot in slots], places, prompt_rows, event))
 
     def collect(self) -> StepResult:
         """Wait for the oldest launched step and read its tokens."""
         step = self._in_flight.popleft()
         if step.event is not None:
             step.event.synchronize()
-        tokens = step.sampled.token_R[: len(step.sampling)].tolist()
+        tokens = step.sampled.token_R.tolist()
         logprobs = step.sampled.read_logprobs(tokens)
+        if step.places is not None:
+            tokens = [tokens[i] for i in step.places]
+            logprobs = logprobs and [logprobs[i] for i in step.places]
         for init, entry in zip(step.sampling, logprobs or (), strict=False):
             if entry is not None:  # a step computes as many as its most curious row wants
                 del entry.top[init.params.logprobs or 0 :]
@@ -161,26 +167,43 @@ class Runner:
 
     def _decode(self, slot_R: torch.Tensor, width: int, flags: SampleFlags) -> Sampled:
         """The whole decode step; device work only."""
-        logits_RV = self.executor.forward(self.batch.decode_input(slot_R, width))
-        sampled = sample(logits_RV, slot_R, self.state, flags)
-        self.batch.advance(slot_R, sampled.token_R)
+        step = self.batch.decode_input(slot_R, width)
+        sampled = sample(self.executor.forward(step), slot_R, self.state, flags)
+        self.batch.advance(slot_R, step.kv_len_R, slot_R, sampled.token_R, self.state.count_S)
         return sampled
 
     def _launch_mixed(
-        self, rows: list[Row], flags: SampleFlags, mask_LW: np.ndarray | None, prompt_rows: list[tuple[Row, Any]]
+        self, rows: list[Row], flags: SampleFlags, mask_RW: torch.Tensor | None, prompt_rows: list[tuple[Row, Any]]
     ) -> Sampled:
         """Prompt chunks and decode rows together."""
-        mixed = self.batch.mixed_input(rows)
-        logits_LV = self.executor.forward(mixed.step)
-        self._prompt_logprobs(rows, logits_LV, prompt_rows)
+        shape = self.batch.exact_shape(rows)
+        mixed = self.batch.mixed_input(self.batch.upload(self.batch.pack_mixed(rows, shape)), shape)
         if any(row.prompt_logprobs for row in rows):
-            logits_LV = logits_LV.index_select(0, mixed.sample_logit_L)
-        mask = None
-        if mask_LW is not None:
-            mask = torch.from_numpy(mask_LW).to(self.device, non_blocking=True)
-        sampled = sample(logits_LV, mixed.sample_slot_L, self.state, flags, mask)
-        self.batch.finish_mixed(mixed, sampled.token_R)
+            wanted, last = (self.batch.upload(at) for at in scored_rows(rows))
+            mixed.step.logit_row_L = wanted
+            logits_LV = self.executor.forward(mixed.step)
+            self._prompt_logprobs(rows, logits_LV, prompt_rows)
+            logits_RV = logits_LV.index_select(0, last)
+        else:
+            logits_RV = self.executor.forward(mixed.step)
+        return self._finish_mixed(mixed, logits_RV, flags, mask_RW)
+
+    def _finish_mixed(
+        self, mixed: MixedStep, logits_RV: torch.Tensor, flags: SampleFlags, mask_RW: torch.Tensor | None = None
+    ) -> Sampled:
+        """Sample all rows of a mixed step, those that should not for the trash slot."""
+        sampled = sample(logits_RV, mixed.sample_slot_R, self.state, flags, mask_RW)
+        after = (mixed.slot_R, mixed.step.kv_len_R, mixed.sample_slot_R, sampled.token_R)
+        self.batch.advance(*after, self.state.count_S)
         return sampled
+
+    def _spread(self, mask_LW: np.ndarray | None, num_rows: int, places: list[int] | None) -> torch.Tensor | None:
+        """The masks of the rows that sample, on the device, beside all rows: the others allow everything."""
+        if mask_LW is not None and places is not None:
+            mask_RW = np.full((num_rows, mask_LW.shape[1]), -1, np.int32)
+            mask_RW[places] = mask_LW
+            mask_LW = mask_RW
+        return None if mask_LW is None else torch.from_numpy(mask_LW).to(self.device, non_blocking=True)
 
     def _prompt_logprobs(self, rows: list[Row], logits_LV: torch.Tensor, out: list[tuple[Row, Any]]) -> None:
         """Log-probabilities of the prompt tokens that the rows' positions predict; packed as a float tensor
@@ -188,7 +211,7 @@ class Runner:
         first = 0
         for row in rows:
             if not row.prompt_logprobs:
-                first += int(row.samples)
+                first += 1
                 continue
             assert row.tokens is not None
             init = self._inits[row.slot]

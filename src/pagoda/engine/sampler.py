@@ -25,7 +25,9 @@ from pagoda.engine.request import (
     TokenLogprobs,
 )
 from pagoda.engine.schedule import SlotInit
+from pagoda.kernels.argmax import argmax
 from pagoda.kernels.sample import choose_tokens
+from pagoda.kernels.triton_env import starts_early
 
 REPETITION, PRESENCE, FREQUENCY = 4, 5, 6  # columns of knob_SK, after those of kernels/sample.py
 NUM_KNOBS = 8
@@ -101,6 +103,8 @@ class SamplingState:
         self.knob_SK = torch.tensor(_NEUTRAL, dtype=torch.float32).repeat(num_slots, 1).to(device)
         self.seed_S = torch.zeros(num_slots, dtype=torch.int64, device=device)
         self.count_S = torch.zeros(num_slots, dtype=torch.int64, device=device)
+        self.arrivals_S = torch.zeros(num_slots, dtype=torch.int32, device=device)  # counters of `argmax`
+        self.early_launch = starts_early(self.device)
         self.penalties: PenaltyState | None = None
         self.edits: EditState | None = None
         self._flags = [SampleFlags()] * num_slots
@@ -242,26 +246,24 @@ def sample(
     flags: SampleFlags,
     mask_RW: torch.Tensor | None = None,
 ) -> Sampled:
-    """One token for each row, by the parameters of its slot, whose counters advance.
+    """One token for each row, by the parameters of its slot. The caller advances `state.count_S` (`advance_rows`).
 
     `logits_RV`: float32, not changed. `mask_RW`: int32, 32 tokens a word, lowest bit first; a clear bit bans the token,
     and so does the mask's end. `flags` must cover what the slots need: `state.flags(slots)`.
     """
     raw_RV = logits_RV
-    count_R = state.count_S.index_select(0, slot_R)
     if flags.penalties:
         assert state.penalties is not None
         logits_RV = state.penalties.apply(logits_RV, slot_R, state.knob_SK.index_select(0, slot_R))
     if flags.edits:
         assert state.edits is not None
-        logits_RV = state.edits.apply(logits_RV, slot_R, count_R)
+        logits_RV = state.edits.apply(logits_RV, slot_R, state.count_S.index_select(0, slot_R))
     if mask_RW is not None:
         logits_RV = _masked(logits_RV, mask_RW)
     if flags.all_greedy:
-        token_R = logits_RV.argmax(-1)
+        token_R = argmax(logits_RV, state.arrivals_S, state.early_launch)
     else:
         token_R = choose_tokens(logits_RV, slot_R, state.knob_SK, state.seed_S, state.count_S, flags.filters)
-    state.count_S.index_copy_(0, slot_R, count_R + 1)
     if flags.penalties and state.penalties is not None:
         state.penalties.advance(slot_R, token_R)
     if flags.edits and state.edits is not None:

@@ -6,9 +6,11 @@ W table width of this step. `slot_R` int64 names each row's slot. State: `last_t
 
 `gather_decode` -> token_R int64 (last sampled), position_R int64 (= kv_len), cache_slot_R int64 (block * block_len +
 offset of that position), rope_len_R int32, kv_len_R int32 (position + 1), table_RW int32. Every row's position lies in
-a block below W.
-`advance_decode` writes, in place, last_token_S[slot] = token and kv_len_S[slot] += 1, but 0 for the trash slot. Slots
-are distinct, except for trash.
+a block below W. early_launch (GPU): the next kernel may start at once, and must wait inside before anything else.
+`advance_rows` after the sampling: writes, in place, kv_len_S[slot] = kv_len_R, but 0 for the trash slot; and for the
+rows whose `sample_slot_R` (int64) is not trash last_token_S[sample_slot] = token_R (int64), count_S[sample_slot] += 1
+(int64: tokens that the slot's request has generated). Slots are distinct, except for trash. early_launch (GPU): start
+before the previous kernel has ended, and wait for it inside.
 """
 
 from typing import NamedTuple
@@ -16,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pagoda.kernels.triton_env import HAS_TRITON, jit, tl, triton
+from pagoda.kernels.triton_env import HAS_TRITON, gdc_launch_dependents, gdc_wait, jit, next_power_of_2, tl
 
 
 class DecodeRows(NamedTuple):
@@ -42,17 +44,24 @@ def gather_decode_reference(
     return DecodeRows(last_token_S[slot_R], position_R, cache_slot_R, rope_len_S[slot_R], kv_len_R, table_RW)
 
 
-def advance_decode_reference(slot_R: Tensor, token_R: Tensor, last_token_S: Tensor, kv_len_S: Tensor) -> None:
-    last_token_S[slot_R] = token_R
-    kv_len_S[slot_R] = (kv_len_S[slot_R] + 1).masked_fill(slot_R == kv_len_S.numel() - 1, 0)
+def advance_rows_reference(
+    slot_R: Tensor, kv_len_R: Tensor, sample_slot_R: Tensor, token_R: Tensor,
+    last_token_S: Tensor, kv_len_S: Tensor, count_S: Tensor,
+) -> None:  # fmt: skip
+    trash = kv_len_S.numel() - 1
+    kv_len_S[slot_R] = kv_len_R.masked_fill(slot_R == trash, 0)
+    last_token_S[sample_slot_R] = token_R.masked_fill(sample_slot_R == trash, 0)
+    count_S[sample_slot_R] = (count_S[sample_slot_R] + 1).masked_fill(sample_slot_R == trash, 0)
 
 
 @jit
 def gather_kernel(
     slot_ptr, last_ptr, len_ptr, rope_ptr, table_ptr,
     token_out, position_out, cache_slot_out, rope_out, len_out, table_out,
-    num_blocks, width, block_len, CHUNK: tl.constexpr,
+    num_blocks, width, block_len, CHUNK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    if EARLY:
+        gdc_launch_dependents()
     row = tl.program_id(0)
     slot = tl.load(slot_ptr + row)
     position = tl.load(len_ptr + slot)
@@ -68,17 +77,27 @@ def gather_kernel(
         tl.store(table_out + row * width + at, blocks, mask=at < width)
 
 
-@jit
-def advance_kernel(slot_ptr, token_ptr, last_ptr, len_ptr, trash):
-    row = tl.program_id(0)
-    slot = tl.load(slot_ptr + row)
-    tl.store(last_ptr + slot, tl.load(token_ptr + row))
-    tl.store(len_ptr + slot, tl.where(slot == trash, 0, tl.load(len_ptr + slot) + 1))
+@jit(do_not_specialize=["R"])
+def advance_kernel(
+    slot_ptr, kv_len_ptr, sample_slot_ptr, token_ptr, last_ptr, len_ptr, count_ptr, R, trash,
+    BLOCK: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    if EARLY:
+        gdc_wait()
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    slot = tl.load(slot_ptr + row, mask=row < R, other=0)
+    kv_len = tl.load(kv_len_ptr + row, mask=row < R, other=0)
+    tl.store(len_ptr + slot, tl.where(slot == trash, 0, kv_len), mask=row < R)
+    slot = tl.load(sample_slot_ptr + row, mask=row < R, other=0)
+    samples = (row < R) & (slot != trash)
+    token = tl.load(token_ptr + row, mask=samples, other=0)
+    tl.store(last_ptr + slot, token, mask=samples)
+    tl.store(count_ptr + slot, tl.load(count_ptr + slot, mask=samples, other=0) + 1, mask=samples)
 
 
 def launch_gather(
     slot_R: Tensor, last_token_S: Tensor, kv_len_S: Tensor, rope_len_S: Tensor, block_table_SB: Tensor,
-    block_len: int, width: int,
+    block_len: int, width: int, early_launch: bool = False,
 ) -> DecodeRows:  # fmt: skip
     """The Triton form, on a GPU or in the interpreter."""
     rows, device = slot_R.numel(), slot_R.device
@@ -87,28 +106,41 @@ def launch_gather(
     table_RW = torch.empty(rows, width, dtype=torch.int32, device=device)
     gather_kernel[(rows,)](
         slot_R, last_token_S, kv_len_S, rope_len_S, block_table_SB, longs[0], longs[1], longs[2], ints[0], ints[1],
-        table_RW, block_table_SB.shape[1], width, block_len, CHUNK=min(512, triton.next_power_of_2(width)), num_warps=1,
+        table_RW, block_table_SB.shape[1], width, block_len, CHUNK=min(512, next_power_of_2(width)), EARLY=early_launch,
+        num_warps=1,
     )  # fmt: skip
     return DecodeRows(longs[0], longs[1], longs[2], ints[0], ints[1], table_RW)
 
 
-def launch_advance(slot_R: Tensor, token_R: Tensor, last_token_S: Tensor, kv_len_S: Tensor) -> None:
+def launch_advance(
+    slot_R: Tensor, kv_len_R: Tensor, sample_slot_R: Tensor, token_R: Tensor,
+    last_token_S: Tensor, kv_len_S: Tensor, count_S: Tensor, early_launch: bool = False,
+) -> None:  # fmt: skip
     """The Triton form, on a GPU or in the interpreter."""
-    trash = kv_len_S.numel() - 1
-    advance_kernel[(slot_R.numel(),)](slot_R, token_R, last_token_S, kv_len_S, trash, num_warps=1)
+    rows, trash = slot_R.numel(), kv_len_S.numel() - 1
+    advance_kernel[(-(-rows // 128),)](
+        slot_R, kv_len_R, sample_slot_R, token_R, last_token_S, kv_len_S, count_S, rows, trash,
+        BLOCK=128, EARLY=early_launch, num_warps=4, **({"launch_pdl": True} if early_launch else {}),
+    )  # fmt: skip
 
 
 def gather_decode(
     slot_R: Tensor, last_token_S: Tensor, kv_len_S: Tensor, rope_len_S: Tensor, block_table_SB: Tensor,
-    block_len: int, width: int,
+    block_len: int, width: int, early_launch: bool = False,
 ) -> DecodeRows:  # fmt: skip
     """See the module's contract."""
     assert block_table_SB.is_contiguous() and 0 < width <= block_table_SB.shape[1]
-    form = launch_gather if slot_R.is_cuda and HAS_TRITON else gather_decode_reference
-    return form(slot_R, last_token_S, kv_len_S, rope_len_S, block_table_SB, block_len, width)
+    args = (slot_R, last_token_S, kv_len_S, rope_len_S, block_table_SB, block_len, width)
+    return launch_gather(*args, early_launch) if slot_R.is_cuda and HAS_TRITON else gather_decode_reference(*args)
 
 
-def advance_decode(slot_R: Tensor, token_R: Tensor, last_token_S: Tensor, kv_len_S: Tensor) -> None:
+def advance_rows(
+    slot_R: Tensor, kv_len_R: Tensor, sample_slot_R: Tensor, token_R: Tensor,
+    last_token_S: Tensor, kv_len_S: Tensor, count_S: Tensor, early_launch: bool = False,
+) -> None:  # fmt: skip
     """See the module's contract."""
-    form = launch_advance if slot_R.is_cuda and HAS_TRITON else advance_decode_reference
-    form(slot_R, token_R, last_token_S, kv_len_S)
+    args = (slot_R, kv_len_R, sample_slot_R, token_R, last_token_S, kv_len_S, count_S)
+    if slot_R.is_cuda and HAS_TRITON:
+        launch_advance(*args, early_launch)
+    else:
+        advance_rows_reference(*args)

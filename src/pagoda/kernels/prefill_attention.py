@@ -123,7 +123,7 @@ def sweep_keys(
     return m, l, acc, acc_high
 
 
-@jit(do_not_specialize=["R", "B"])
+@jit(do_not_specialize=["R", "B"], do_not_specialize_on_alignment=["table", "query_start", "kv_lens"])
 def _prefill_kernel(
     q,
     k,

@@ -47,5 +47,11 @@ except ImportError:
     HAS_TRITON = False
 
 
+def starts_early(device: torch.device) -> bool:
+    """Whether kernels on this device may start before the one ahead has ended (programmatic dependent launch)."""
+    on_gpu = HAS_TRITON and not INTERPRETED and device.type == "cuda"
+    return on_gpu and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()

@@ -71,6 +71,11 @@ class Rope:
             both = torch.stack([angle_WMP.cos(), angle_WMP.sin()]).flatten(1, 2)
             self._table = (both * spec.attention_factor).to(device)  # [cos and sin, W * M, P]: one look-up for both
 
+    @property
+    def table(self) -> Tensor | None:
+        """Cosines and sines [2, M, P] of every position, where nothing but the position decides; else None."""
+        return None if self.spec.kind in ("dynamic", "longrope") else self._table
+
     def angles(self, position_T: Tensor, rope_len_T: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(cos, sin), float32 [T, P], the attention factor multiplied in.
 

@@ -113,7 +113,8 @@ class StepInput:
     """The device tensors of one forward. Row r owns tokens query_start[r] to query_start[r+1].
 
     `decode`: one token a row (T == R). A slot is block * block_len + offset, below 0: not written.
-    `logit_row_L` None: all rows in order. `rope_len_T`: see `Rope.angles`.
+    `logit_row_L` None: all rows in order. `rope_len_T`: see `Rope.angles`. `single_rows`: so many of the first rows are
+    known to have one token each.
     """
 
     token_T: Tensor  # int64
@@ -127,6 +128,7 @@ class StepInput:
     max_kv_len: int
     decode: bool
     rope_len_T: Tensor | None = None  # int32
+    single_rows: int = 0
 
 
 def build_program(spec: "ModelSpec", weights: "ModelWeights", group: Group) -> StepProgram:

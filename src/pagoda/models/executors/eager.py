@@ -29,13 +29,13 @@ ROW_PARALLEL = ("o", "down")
 
 @dataclass
 class Frame:
-    """What one forward carries from op to op: the two registers and the facts of the step. `early`: kernels may start
-    before the one ahead of them has ended, and wait for it inside (GPU)."""
+    """What one forward carries from op to op: the facts of the step, and what the embedding makes: angles and the two
+    registers. `early`: kernels may start before the one ahead of them has ended, and wait for it inside (GPU)."""
 
     step: StepInput
+    q_scale_T: Tensor | None
     cos_TP: Tensor
     sin_TP: Tensor
-    q_scale_T: Tensor | None
     h: Tensor
     x: Tensor
     early: bool = False
@@ -87,15 +87,16 @@ class EagerExecutor:
 
     def _walk(self, program_ops: tuple[Any, ...], step: StepInput, early: bool = False) -> Tensor:
         spec = self.program.spec
-        cos_TP, sin_TP = self.rope.angles(step.position_T, step.rope_len_T)
         q_scale_T = logn_scale(step.position_T, spec.logn_len) if spec.logn_len else None
-        f = Frame(step, cos_TP, sin_TP, q_scale_T, h=step.token_T, x=step.token_T, early=early)
+        none = step.token_T  # until the embedding
+        f = Frame(step, q_scale_T, cos_TP=none, sin_TP=none, h=none, x=none, early=early)
         for op in program_ops:
             self.HANDLERS[type(op)](self, op, f)
         return f.x
 
     def _embed(self, op: ops.Embed, f: Frame) -> None:
         f.h = embed(f.step.token_T, op.weight_VC, op.scale, self.group, op.split)
+        f.cos_TP, f.sin_TP = self.rope.angles(f.step.position_T, f.step.rope_len_T)
 
     def _norm(self, op: ops.Norm, f: Frame) -> None:
         f.x = rms_norm(f.h, op.weight_C, op.eps, early_launch=f.early)
@@ -119,8 +120,9 @@ class EagerExecutor:
             out = decode_attention(f.x, cache, step.kv_len_R, step.block_table_RB, *how, early_launch=f.early)
         else:
             out = prefill_attention(
-                f.x, cache, step.query_start_R1, step.kv_len_R, step.block_table_RB, step.max_query_len, *how
-            )
+                f.x, cache, step.query_start_R1, step.kv_len_R, step.block_table_RB, step.max_query_len, *how,
+                single_rows=step.single_rows,
+            )  # fmt: skip
         f.x = out.flatten(1)
 
     def _gate(self, op: ops.Gate, f: Frame) -> None:

@@ -13,11 +13,13 @@ from torch import Tensor
 
 from pagoda.config import EngineConfig
 from pagoda.kernels.decode_attention_fused import decode_attention_fused
+from pagoda.kernels.embed_rows import embed_rows
 from pagoda.kernels.rms_norm import rms_norm
+from pagoda.kernels.triton_env import starts_early
 from pagoda.layers.linear import Linear
 from pagoda.layers.linear import Norm as InputNorm
 from pagoda.layers.parallel import Group
-from pagoda.models.decoder import Add, Attend, Gate, Head, Norm, Op, Project, RopeWrite, StepInput, StepProgram
+from pagoda.models.decoder import Add, Attend, Embed, Gate, Head, Norm, Op, Project, RopeWrite, StepInput, StepProgram
 from pagoda.models.executors.eager import EagerExecutor, Frame
 
 MAX_PLANNED_ROWS = 256  # steps of more rows share one plan
@@ -69,7 +71,7 @@ class GpuExecutor(EagerExecutor):
         self, program: StepProgram, config: EngineConfig, device: torch.device, dtype: torch.dtype, group: Group
     ):
         super().__init__(program, config, device, dtype, group)
-        self._hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+        self._early = starts_early(device)
         self._plans: dict[tuple[int, bool], tuple[Any, ...]] = {}
 
     def describe(self) -> str:
@@ -79,7 +81,7 @@ class GpuExecutor(EagerExecutor):
 
     @torch.no_grad()
     def forward(self, step: StepInput) -> Tensor:
-        return self._walk(self.plan(step.token_T.shape[0], step.decode), step, early=step.decode and self._hopper)
+        return self._walk(self.plan(step.token_T.shape[0], step.decode), step, early=step.decode and self._early)
 
     def plan(self, rows: int, decode: bool) -> tuple[Any, ...]:
         """The operations of a step of that many tokens."""
@@ -124,6 +126,14 @@ class GpuExecutor(EagerExecutor):
         free = isinstance(self._rule(after, rows, False)[0], AddNorm)
         return linear.fuses(rows, residual=True) and (linear.fuses(rows) or not free)
 
+    def _embed(self, op: Embed, f: Frame) -> None:
+        """The rows of the table and the angles in one launch, where both are plain look-ups."""
+        if op.split or self.rope.table is None:
+            return super()._embed(op, f)
+        step = f.step
+        table = (op.weight_VC, op.scale, self.rope.table)
+        f.h, f.cos_TP, f.sin_TP = embed_rows(step.token_T, step.position_T, *table, early_launch=f.early)
+
     def _fused_project(self, op: FusedProject, f: Frame) -> None:
         x = f.x if op.norm is None else f.h
         h = f.h if op.residual else None
@@ -154,6 +164,7 @@ class GpuExecutor(EagerExecutor):
         f.x = self._finish_logits(op.head, linear(f.h, norm=norm, out=out, pdl=f.early))
 
     HANDLERS = EagerExecutor.HANDLERS | {
+        Embed: _embed,
         FusedProject: _fused_project,
         FusedAttend: _fused_attend,
         AddNorm: _add_norm,
