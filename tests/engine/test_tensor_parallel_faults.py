@@ -58,7 +58,7 @@ class Running:
 
     def __init__(self, model: Path):
         self.engine: EngineClient = start_engine(model, CONFIG)
-        self.pid = self.engine._transport._process.pid  # type: ignore[attr-defined]
+        self.pid = self.engine._transport.process.pid  # type: ignore[attr-defined]
         self.ranks = [self.pid, *children(self.pid)]
         assert len(self.ranks) == 3
         self.last: dict[str, Output] = {}
@@ -119,7 +119,7 @@ def test_a_lost_rank_ends_all(running: Running, folders: Path, victim: int, numb
 @pytest.mark.slow
 def test_an_idle_engine_ends_when_a_rank_is_killed(tiny_llama: Path, folders: Path) -> None:
     with start_engine(tiny_llama, CONFIG) as engine:
-        pid = engine._transport._process.pid  # type: ignore[attr-defined]
+        pid = engine._transport.process.pid  # type: ignore[attr-defined]
         ranks = [pid, *children(pid)]
         os.kill(ranks[2], signal.SIGKILL)
         deadline = time.monotonic() + DEADLINE
@@ -133,11 +133,11 @@ def test_an_idle_engine_ends_when_a_rank_is_killed(tiny_llama: Path, folders: Pa
 @pytest.mark.slow
 def test_closing_leaves_nothing_behind(tiny_llama: Path, folders: Path) -> None:
     engine = start_engine(tiny_llama, CONFIG)
-    pid = engine._transport._process.pid  # type: ignore[attr-defined]
+    pid = engine._transport.process.pid  # type: ignore[attr-defined]
     ranks = [pid, *children(pid)]
     engine.close()
     wait_gone(ranks, folders)
-    assert engine._transport._process.returncode == 0  # type: ignore[attr-defined]
+    assert engine._transport.process.returncode == 0  # type: ignore[attr-defined]
 
 
 @pytest.mark.slow
@@ -145,7 +145,7 @@ def test_a_killed_client_leaves_no_orphans(tiny_llama: Path, folders: Path) -> N
     script = (
         "import sys; from pagoda.config import EngineConfig; from pagoda.engine.client import start_engine\n"
         f"e = start_engine({str(tiny_llama)!r}, EngineConfig(**{ {**vars(CONFIG), 'tp': 2}!r}))\n"
-        "print(e._transport._process.pid, flush=True); sys.stdin.read()"
+        "print(e._transport.process.pid, flush=True); sys.stdin.read()"
     )
     client = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert client.stdout is not None

@@ -35,6 +35,7 @@ VERBS: dict[str, Verb] = {
         "pagoda.cli.serve", "answer over HTTP, with OpenAI's routes", first_words=("api_server", "api_client", "gradio")
     ),
     "ui": Verb("pagoda.cli.ui", "a web page to talk to a model"),
+    "plan": Verb("pagoda.cli.plan", "what fits on which devices, and how fast it can be"),
     "list": Verb("pagoda.cli.list_templates", "the names of the chat templates"),
     "env": Verb("pagoda.cli.env", "this machine and the versions of what matters", aliases=("check_env",)),
 }
