@@ -89,6 +89,8 @@ def test_prefill_of_mixed_chunks(scheme, heads, kv_heads, dim):
         want = prefill_attention_reference(q.float(), *args)
         assert relative(prefill_attention(q, *args), want) < 0.01
         assert relative(prefill_attention(q, *args, single_rows=2), want) < 0.01
+        single = lens * (torch.arange(7, device="cuda") < 2)
+        assert relative(prefill_attention(q, cache, start.clamp(min=2), *args[2:], single_len_R=single), want) < 0.01
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

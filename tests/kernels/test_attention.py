@@ -50,6 +50,8 @@ def test_prefill_is_brute_force(scheme, case):
     args = (q, cache, starts, kv_len, table, max(query_lens), dim**-0.5, window, softcap)
     out = prefill_attention(*args)
     torch.testing.assert_close(prefill_attention(*args, single_rows=2), out)
+    on_device = (q, cache, starts.clamp(min=2), *args[3:])
+    torch.testing.assert_close(prefill_attention(*on_device, single_len_R=kv_len * (torch.arange(6) < 2)), out)
     for row, (n, total) in enumerate(zip(query_lens, kv_lens)):
         mine = slice(starts[row], starts[row + 1])
         want = brute_force(q[mine], range(total - n, total), cache, table[row], dim**-0.5, window, softcap)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from attention_cases import poison, random_cache, random_tables, relative
 
+from pagoda.kernels import prefill_attention
 from pagoda.kernels.decode_attention import decode_attention_launch, decode_attention_reference
 from pagoda.kernels.decode_attention_fused import decode_attention_fused_launch
 from pagoda.kernels.kv_pack import read_kv
@@ -122,6 +123,26 @@ def test_prefill(case, dtype, device):
     assert torch.equal(beyond[starts[2] :], out[starts[2] :])
     want = prefill_attention_reference(q.float(), *tensors, max(query_lens), *options)
     assert relative(out, want.double()) < LIMIT[dtype]
+
+
+def test_rows_of_one_query_are_told_apart_on_the_device(device, monkeypatch):
+    """Their number known to the host, known to the device alone, or to nobody; two rows of padding at the end."""
+    query_lens, kv_lens = [1, 1, 5, 1, 19, 0, 0], [40, 3, 5, 9, 60, 0, 0]
+    table = random_tables(kv_lens, 4, 20, 16, device)
+    cache = poison(make_cache("none", 20, 2, 32, 16, torch.float16, device), kv_lens, table)
+    starts = torch.tensor([0, *query_lens]).cumsum(0).int().to(device)
+    q = torch.randn(sum(query_lens) + 5, 4, 32, device=device).half()  # five tokens of padding
+    lens = torch.tensor(kv_lens, dtype=torch.int32, device=device)
+    rest = (lens, table, 32, 32**-0.5)
+    want = prefill_attention.prefill_attention_reference(q.float(), cache, starts, *rest)
+    monkeypatch.setattr(prefill_attention, "kernel_takes", lambda q, cache: True)
+    single = lens * (torch.arange(7, device=device) < 2)
+    for out in (
+        prefill_attention.prefill_attention(q, cache, starts, *rest),
+        prefill_attention.prefill_attention(q, cache, starts, *rest, single_rows=2),
+        prefill_attention.prefill_attention(q, cache, starts.clamp(min=2), *rest, single_len_R=single),
+    ):
+        assert relative(out[:-5], want[:-5].double()) < LIMIT[torch.float16]
 
 
 ROPE = [

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from pagoda.engine.graphs import MIXED_SIZES, padded_width
 from pagoda.engine.schedule import Row, Schedule
 from pagoda.kernels.batch_step import advance_rows, gather_decode
 from pagoda.kernels.triton_env import starts_early
@@ -21,13 +22,13 @@ from pagoda.models.decoder import StepInput
 
 class MixedShape(NamedTuple):
     """Sizes of a step with prompt chunks: `width` of its block tables; `single_rows`: how many of the first rows have
-    one token each."""
+    one token each, None where only the device is to know it."""
 
     tokens: int
     rows: int
     width: int
     max_query_len: int
-    single_rows: int
+    single_rows: int | None
 
 
 class MixedStep(NamedTuple):
@@ -112,12 +113,15 @@ class DeviceBatch:
         samples = np.fromiter((row.samples for row in rows), bool, num)
         ends = np.cumsum(lens)
         total, firsts = int(lens.sum()), ends - lens
-        packed, (slot, sample_slot, kv_len, last, first, token, tenant, position) = _fields(R, T)
+        packed, (slot, sample_slot, kv_len, single_len, last, first, token, tenant, position) = _fields(R, T)
         slot[num:] = sample_slot[num:] = tenant[total:] = self.trash
         slot[:num], sample_slot[:num], kv_len[:num] = slots, np.where(samples, slots, self.trash), starts + lens
         last[:num], first[:num], first[num:] = ends - 1, firsts, total
+        if shape.single_rows is None:
+            single = _num_single(rows)
+            single_len[:single], first[:single] = kv_len[:single], single
         # A token of -1 stands for the slot's last sampled token, which only the device knows.
-        token[:total] = np.concatenate([_ON_DEVICE if row.tokens is None else row.tokens for row in rows])
+        token[:total] = [t for row in rows for t in (_ON_DEVICE if row.tokens is None else row.tokens)]
         tenant[:total] = np.repeat(slots, lens)
         position[:total] = np.arange(total) + np.repeat(starts - firsts, lens)
         return packed
@@ -127,7 +131,7 @@ class DeviceBatch:
         row, of its last token."""
         sizes = _sizes(shape.rows, shape.tokens)
         parts = [part[:size] for part, size in zip(packed.split([_even(n) for n in sizes]), sizes, strict=True)]
-        slot_R, sample_slot_R, kv_len_R, last_R, first_R1, token_T, tenant_T, position_T = parts
+        slot_R, sample_slot_R, kv_len_R, single_len_R, last_R, first_R1, token_T, tenant_T, position_T = parts
         block_T = self.block_table_SB[tenant_T, position_T // self.block_len].long()
         step = StepInput(
             token_T=torch.where(token_T < 0, self.last_token_S.index_select(0, tenant_T), token_T),
@@ -141,19 +145,36 @@ class DeviceBatch:
             max_query_len=shape.max_query_len,
             max_kv_len=shape.width * self.block_len,
             decode=shape.max_query_len == 1,
-            single_rows=shape.single_rows,
+            single_rows=shape.single_rows or 0,
+            single_len_R=single_len_R.to(torch.int32) if shape.single_rows is None else None,
         )
         return MixedStep(step, slot_R, sample_slot_R)
 
     def exact_shape(self, rows: list[Row]) -> MixedShape:
         """Without padding."""
         lens = [row.num_tokens for row in rows]
-        longest = max(row.start + row.num_tokens for row in rows)
-        single = next((i for i, n in enumerate(lens) if n > 1), len(lens))
-        return MixedShape(sum(lens), len(rows), (longest - 1) // self.block_len + 1, max(lens), single)
+        return MixedShape(sum(lens), len(rows), self._num_blocks(rows), max(lens), _num_single(rows))
+
+    def padded_shape(self, rows: list[Row]) -> MixedShape | None:
+        """One of the few shapes for graphs; None if the step is too large for them."""
+        num = min(self.trash, 1 << (len(rows) - 1).bit_length())
+        total = max(num, sum(row.num_tokens for row in rows))
+        if total > MIXED_SIZES[-1]:
+            return None
+        tokens = next(size for size in MIXED_SIZES if total <= size)
+        width = padded_width(self._num_blocks(rows), self.block_table_SB.shape[1], 4)
+        return MixedShape(tokens, num, width, tokens, None)
+
+    def _num_blocks(self, rows: list[Row]) -> int:
+        return (max(row.start + row.num_tokens for row in rows) - 1) // self.block_len + 1
 
 
 _ON_DEVICE = [-1]
+
+
+def _num_single(rows: list[Row]) -> int:
+    """How many of the first rows have one token."""
+    return next((i for i, row in enumerate(rows) if row.num_tokens > 1), len(rows))
 
 
 def _even(size: int) -> int:
@@ -162,8 +183,13 @@ def _even(size: int) -> int:
 
 
 def _sizes(num_rows: int, num_tokens: int) -> list[int]:
-    """Of the fields: slot, sample_slot, kv_len, last, first (one more than rows), token, tenant, position."""
-    return [num_rows] * 4 + [num_rows + 1] + [num_tokens] * 3
+    """Fields: slot, sample_slot, kv_len, single_len, last; first (one more than rows); token, tenant, position."""
+    return [num_rows] * 5 + [num_rows + 1] + [num_tokens] * 3
+
+
+def packed_size(num_rows: int, num_tokens: int) -> int:
+    """Length of what `pack_mixed` makes."""
+    return sum(map(_even, _sizes(num_rows, num_tokens)))
 
 
 def _fields(num_rows: int, num_tokens: int) -> tuple[np.ndarray, list[np.ndarray]]:

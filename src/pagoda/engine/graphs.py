@@ -1,12 +1,14 @@
-"""Decode steps as CUDA graphs: one replay gathers, runs the model, samples and advances.
+"""Steps as CUDA graphs: one replay gathers, runs the model, samples and advances.
 
-A graph is captured the first time its key is needed (rows padded to a size of `SIZES`, table width, sampling flags), so
-start-up waits for none. All graphs share one memory pool and one set of static inputs and outputs.
+A graph is captured when its key is needed (the first time for decode steps, a later one for steps with prompt chunks,
+which come in more shapes), so start-up waits for none. The graphs of a cache share one static input; all share a pool.
 """
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Hashable
 from typing import Any
 
+import numpy as np
 import torch
 
 from pagoda.log import get_logger
@@ -14,6 +16,8 @@ from pagoda.log import get_logger
 # Padding costs at most an eighth of a step's rows above 16.
 SIZES = (1, 2, 3, 4, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 SIZES += tuple(range(320, 1025, 64))
+# Tokens of steps with prompt chunks: beyond the last the device takes longer than the host needs to launch them.
+MIXED_SIZES = (16, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
 
 log = get_logger(__name__)
 
@@ -23,50 +27,70 @@ def padded_rows(num_rows: int, most: int) -> int:
     return next((size for size in SIZES if num_rows <= size <= most), most)
 
 
-def padded_width(num_blocks: int, most: int) -> int:
-    """Table width of a graph: a power of two of at least 8 blocks, at most the widest table."""
-    return min(most, max(8, 1 << (num_blocks - 1).bit_length()))
+def padded_width(num_blocks: int, most: int, ratio: int = 2) -> int:
+    """Table width of a graph: 8 blocks times a power of `ratio`, at most the widest table."""
+    width = 8
+    while width < num_blocks:
+        width *= ratio
+    return min(most, width)
 
 
 class GraphCache:
-    """Graphs of one function `body(slot_R, width, flags) -> outputs` that touches only device memory."""
+    """Graphs of one function `body(input_N, key) -> outputs` that touches only device memory. `blank(key)` is an int64
+    array to warm up with: an input of padding alone, as long (at most `size`) as all inputs of that key. `patience`:
+    how often a key must have come before it gets a graph; `most`: how many graphs there may be."""
 
-    def __init__(self, body: Callable[[torch.Tensor, int, Any], Any], most_rows: int, trash: int, device: torch.device):
-        self._body, self._device, self._most, self._trash = body, device, most_rows, trash
-        self.slot_R = torch.zeros(most_rows, dtype=torch.int64, device=device)
-        self._graphs: dict[tuple[int, int, Any], tuple[torch.cuda.CUDAGraph, Any]] = {}
-        self._pool: Any = None
+    def __init__(
+        self,
+        body: Callable[[torch.Tensor, Any], Any],
+        blank: Callable[[Any], np.ndarray],
+        size: int,
+        device: torch.device,
+        pool: Any,
+        patience: int = 0,
+        most: int = 4096,
+    ):
+        self._body, self._blank, self._device, self._pool = body, blank, device, pool
+        self._patience, self._most = patience, most
+        self._input_N = torch.zeros(size, dtype=torch.int64, device=device)
+        self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, Any]] = {}
+        self._seen: Counter[Hashable] = Counter()
 
-    def run(self, slot_R: torch.Tensor | None, num_rows: int, width: int, flags: Any) -> Any:
-        """Replay (capture first where needed) for `num_rows` rows. `slot_R` None: the rows are those of the last run.
-        Returns the outputs of all padded rows; they are overwritten by the next run."""
-        rows = padded_rows(num_rows, self._most)
-        if slot_R is not None:
-            self.slot_R[:num_rows].copy_(slot_R)
-            self.slot_R[num_rows:].fill_(self._trash)
-        key = (rows, width, flags)
+    def takes(self, key: Hashable) -> bool:
+        """Whether this occurrence of the key is to be a replay. Every occurrence must ask once."""
+        if key in self._graphs:
+            return True
+        self._seen[key] += 1
+        return self._seen[key] > self._patience and len(self._graphs) < self._most
+
+    def run(self, key: Hashable, values_N: np.ndarray | None) -> Any:
+        """Replay (capture first where needed). `values_N` None: the input is that of the last run. The outputs are
+        overwritten by the next run of any graph."""
+        if values_N is not None:
+            host_N = torch.from_numpy(values_N).pin_memory()
+            self._input_N[: len(values_N)].copy_(host_N, non_blocking=True)
         if key not in self._graphs:
-            self._graphs[key] = self._capture(rows, width, flags)
+            self._graphs[key] = self._capture(key)
         graph, outputs = self._graphs[key]
         graph.replay()
         return outputs
 
-    def _capture(self, rows: int, width: int, flags: Any) -> tuple[torch.cuda.CUDAGraph, Any]:
-        """Warm up on trash rows (kernels compile, the allocator fills), then record."""
-        log.debug("capture a decode graph: %d rows, %d blocks, %s", rows, width, flags)
-        wanted = self.slot_R.clone()
-        self.slot_R.fill_(self._trash)
+    def _capture(self, key: Hashable) -> tuple[torch.cuda.CUDAGraph, Any]:
+        """Warm up on padding (kernels compile, the allocator fills), then record."""
+        log.debug("capture a graph: %s", key)
+        wanted_N, blank_N = self._input_N.clone(), torch.from_numpy(self._blank(key))
+        input_N = self._input_N[: blank_N.numel()]
+        input_N.copy_(blank_N)
         torch.cuda.synchronize(self._device)
         side = torch.cuda.Stream(self._device)
         with torch.cuda.stream(side):
             for _ in range(2):
-                self._body(self.slot_R[:rows], width, flags)
+                self._body(input_N, key)
         torch.cuda.synchronize(self._device)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, stream=side):
-            outputs = self._body(self.slot_R[:rows], width, flags)
-        self._pool = self._pool or graph.pool()
-        self.slot_R.copy_(wanted)
+            outputs = self._body(input_N, key)
+        self._input_N.copy_(wanted_N)
         torch.cuda.synchronize(self._device)
         return graph, outputs
 

@@ -8,14 +8,14 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from pagoda.config import EngineConfig
-from pagoda.engine.batch import DeviceBatch, MixedStep, scored_rows
-from pagoda.engine.graphs import GraphCache, padded_width
+from pagoda.engine.batch import DeviceBatch, MixedShape, MixedStep, packed_size, scored_rows
+from pagoda.engine.graphs import MIXED_SIZES, GraphCache, padded_rows, padded_width
 from pagoda.engine.kv_cache import MemoryPlan, host_free_bytes, plan_memory
 from pagoda.engine.request import TokenLogprobs
 from pagoda.engine.sampler import Sampled, SampleFlags, SamplingState, sample
@@ -53,6 +53,21 @@ def pick_device(config: EngineConfig, rank: int = 0) -> torch.device:
 def pick_dtype(config: EngineConfig, spec: ModelSpec) -> torch.dtype:
     """`auto` is the checkpoint's own number format."""
     return DTYPES[spec.dtype if config.dtype == "auto" else config.dtype]
+
+
+class DecodeKey(NamedTuple):
+    """What a decode graph is made for: rows and table width, both padded, and what its rows need of the sampler."""
+
+    rows: int
+    width: int
+    flags: SampleFlags
+
+
+class MixedKey(NamedTuple):
+    """The same for a step with prompt chunks."""
+
+    shape: MixedShape
+    flags: SampleFlags
 
 
 @dataclass
@@ -111,9 +126,14 @@ class Runner:
             self.executor.allocate_cache(plan.num_blocks)
             self.batch = DeviceBatch(slots, width, plan.block_len, self.device)
             self.state = SamplingState(slots + 1, self.spec.vocab_size, self.device)
-        self._graphs = None
+        self._graphs: tuple[GraphCache, GraphCache] | None = None  # of decode steps, of steps with prompt chunks
         if self.device.type == "cuda" and self.config.cuda_graph and self.executor.graph_safe:
-            self._graphs = GraphCache(self._decode, slots, self.batch.trash, self.device)
+            pool = torch.cuda.graph_pool_handle()
+            most = packed_size(min(slots, MIXED_SIZES[-1]), MIXED_SIZES[-1])
+            self._graphs = (
+                GraphCache(self._decode, lambda key: self._pad_slots([], key), slots, self.device, pool),
+                GraphCache(self._mixed, self._blank_mixed, most, self.device, pool, patience=1, most=64),
+            )
 
     @torch.inference_mode()
     def launch(self, schedule: Schedule, mask_LW: np.ndarray | None = None) -> None:
@@ -145,7 +165,9 @@ class Runner:
             step.event.synchronize()
         tokens = step.sampled.token_R.tolist()
         logprobs = step.sampled.read_logprobs(tokens)
-        if step.places is not None:
+        if step.places is None:
+            tokens = tokens[: len(step.sampling)]
+        else:
             tokens = [tokens[i] for i in step.places]
             logprobs = logprobs and [logprobs[i] for i in step.places]
         for init, entry in zip(step.sampling, logprobs or (), strict=False):
@@ -160,36 +182,51 @@ class Runner:
         changed = slots != self._last_slots
         self._last_slots = slots
         if self._graphs is None:
-            return self._decode(self.batch.upload(np.array(slots)), blocks, flags)
-        slot_R = self.batch.upload(np.array(slots)) if changed else None
+            return self._decode(self.batch.upload(np.array(slots)), DecodeKey(len(slots), blocks, flags))
         width = padded_width(blocks, self.batch.block_table_SB.shape[1])
-        return self._graphs.run(slot_R, len(slots), width, flags)
+        key = DecodeKey(padded_rows(len(slots), self.batch.trash), width, flags)
+        return self._graphs[0].run(key, self._pad_slots(slots, key) if changed else None)
 
-    def _decode(self, slot_R: torch.Tensor, width: int, flags: SampleFlags) -> Sampled:
+    def _pad_slots(self, slots: list[int], key: DecodeKey) -> np.ndarray:
+        """The input of a decode graph."""
+        return np.array(slots + [self.batch.trash] * (key.rows - len(slots)), np.int64)
+
+    def _decode(self, slot_R: torch.Tensor, key: DecodeKey) -> Sampled:
         """The whole decode step; device work only."""
-        step = self.batch.decode_input(slot_R, width)
-        sampled = sample(self.executor.forward(step), slot_R, self.state, flags)
+        step = self.batch.decode_input(slot_R, key.width)
+        sampled = sample(self.executor.forward(step), slot_R, self.state, key.flags)
         self.batch.advance(slot_R, step.kv_len_R, slot_R, sampled.token_R, self.state.count_S)
         return sampled
 
     def _launch_mixed(
         self, rows: list[Row], flags: SampleFlags, mask_RW: torch.Tensor | None, prompt_rows: list[tuple[Row, Any]]
     ) -> Sampled:
-        """Prompt chunks and decode rows together."""
+        """Prompt chunks and decode rows together: a graph where the step is small and its shape has come before."""
+        scores = any(row.prompt_logprobs for row in rows)
+        if self._graphs is not None and mask_RW is None and not scores:
+            padded = self.batch.padded_shape(rows)
+            if padded is not None and self._graphs[1].takes(key := MixedKey(padded, flags)):
+                return self._graphs[1].run(key, self.batch.pack_mixed(rows, padded))
         shape = self.batch.exact_shape(rows)
-        mixed = self.batch.mixed_input(self.batch.upload(self.batch.pack_mixed(rows, shape)), shape)
-        if any(row.prompt_logprobs for row in rows):
-            wanted, last = (self.batch.upload(at) for at in scored_rows(rows))
-            mixed.step.logit_row_L = wanted
-            logits_LV = self.executor.forward(mixed.step)
-            self._prompt_logprobs(rows, logits_LV, prompt_rows)
-            logits_RV = logits_LV.index_select(0, last)
-        else:
-            logits_RV = self.executor.forward(mixed.step)
-        return self._finish_mixed(mixed, logits_RV, flags, mask_RW)
+        packed = self.batch.upload(self.batch.pack_mixed(rows, shape))
+        if not scores:
+            return self._mixed(packed, MixedKey(shape, flags), mask_RW)
+        mixed = self.batch.mixed_input(packed, shape)
+        mixed.step.logit_row_L, last_R = (self.batch.upload(at) for at in scored_rows(rows))
+        logits_LV = self.executor.forward(mixed.step)
+        self._prompt_logprobs(rows, logits_LV, prompt_rows)
+        return self._finish_mixed(mixed, logits_LV.index_select(0, last_R), flags, mask_RW)
+
+    def _blank_mixed(self, key: MixedKey) -> np.ndarray:
+        return self.batch.pack_mixed([], key.shape)
+
+    def _mixed(self, packed_N: torch.Tensor, key: MixedKey, mask_RW: torch.Tensor | None = None) -> Sampled:
+        """The whole of a step with prompt chunks; device work only."""
+        mixed = self.batch.mixed_input(packed_N, key.shape)
+        return self._finish_mixed(mixed, self.executor.forward(mixed.step), key.flags, mask_RW)
 
     def _finish_mixed(
-        self, mixed: MixedStep, logits_RV: torch.Tensor, flags: SampleFlags, mask_RW: torch.Tensor | None = None
+        self, mixed: MixedStep, logits_RV: torch.Tensor, flags: SampleFlags, mask_RW: torch.Tensor | None
     ) -> Sampled:
         """Sample all rows of a mixed step, those that should not for the trash slot."""
         sampled = sample(logits_RV, mixed.sample_slot_R, self.state, flags, mask_RW)
@@ -235,7 +272,8 @@ class Runner:
         """Give all memory back."""
         self._in_flight.clear()
         if self._graphs is not None:
-            self._graphs.clear()
+            for graphs in self._graphs:
+                graphs.clear()
         self.executor.free_cache()
         del self.executor, self.batch, self.state
         if self.device.type == "cuda":

@@ -290,6 +290,7 @@ def prefill_attention(
     softcap: float = 0.0,
     early_launch: bool = False,
     single_rows: int = 0,
+    single_len_R: Tensor | None = None,
 ) -> Tensor:
     """-> out [T, H, D] in q's dtype, new memory. Row r owns queries query_start[r] .. query_start[r+1] - 1 (at most
     max_query_len of them, none is allowed): the last tokens of its kv_len_R[r] cached ones. Query i of n sees keys up
@@ -297,20 +298,25 @@ def prefill_attention(
     out zero on a CPU and undefined on a GPU. query_start [R + 1] int32 from 0, kv_len [R] int32, block_table [R, B]
     int32; scale, softcap and early_launch as in `decode_attention`.
 
-    The first `single_rows` rows have exactly one query each, and go the cheaper way of `decode_attention`. On a GPU the
-    grid depends on shapes alone, and nothing waits for the host.
+    The first `single_rows` rows have exactly one query each, and go the cheaper way of `decode_attention`. Where only
+    the device knows how many those are, `single_len_R` [R] int32 holds their kv_len, and 0 for the rows after them, at
+    whose first query query_start then begins (T >= R). On a GPU the grid depends on shapes alone, and nothing waits
+    for the host.
     """
-    n, how = single_rows, (scale, window, softcap)
-    one = (q_THD[:n], cache, kv_len_R[:n], block_table_RB[:n], *how)
+    n, first, how = single_rows, single_rows, (scale, window, softcap)
+    if single_len_R is not None:
+        n, first = single_len_R.numel(), 0
+    one_len_R = kv_len_R[:n] if single_len_R is None else single_len_R
+    one = (q_THD[:n], cache, one_len_R, block_table_RB[:n], *how)
     if kernel_takes(q_THD, cache):
         assert block_table_RB.stride(1) == 1 and q_THD.is_contiguous()
         out_THD = torch.empty_like(q_THD)
-        if n:
+        if n:  # first: for rows that are not single it writes zeros, where a query of another row may belong
             decode_attention_launch(*one, early_launch, out_RHD=out_THD[:n])
-        many = (q_THD, cache, query_start_R1[n:], kv_len_R[n:], block_table_RB[n:])
+        many = (q_THD, cache, query_start_R1[first:], kv_len_R[first:], block_table_RB[first:])
         return prefill_attention_launch(*many, *how, early_launch, out_THD=out_THD)
-    many = (q_THD, cache, query_start_R1[n:], kv_len_R[n:], block_table_RB[n:], max_query_len)
+    many = (q_THD, cache, query_start_R1[first:], kv_len_R[first:], block_table_RB[first:], max_query_len)
     out_THD = prefill_attention_reference(*many, *how)
     if n:
-        out_THD[:n] = decode_attention_reference(*one)
+        out_THD[:n] = decode_attention_reference(*one).where(one_len_R[:, None, None] > 0, out_THD[:n])
     return out_THD

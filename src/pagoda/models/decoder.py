@@ -114,7 +114,8 @@ class StepInput:
 
     `decode`: one token a row (T == R). A slot is block * block_len + offset, below 0: not written.
     `logit_row_L` None: all rows in order. `rope_len_T`: see `Rope.angles`. `single_rows`: so many of the first rows are
-    known to have one token each.
+    known to have one token each. `single_len_R` (int32, `decode` False): where only the device knows how many, the
+    kv_len of such rows and 0 for the others; `query_start_R1` then begins with the first of the others.
     """
 
     token_T: Tensor  # int64
@@ -129,6 +130,7 @@ class StepInput:
     decode: bool
     rope_len_T: Tensor | None = None  # int32
     single_rows: int = 0
+    single_len_R: Tensor | None = None
 
 
 def build_program(spec: "ModelSpec", weights: "ModelWeights", group: Group) -> StepProgram:
