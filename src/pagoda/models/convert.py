@@ -63,7 +63,7 @@ def write_workspace(
             share = None if progress is None else (lambda p, r=rank: progress((r + p) / config.tp))
             weights = open_weights(model, spec, config, rank, config.tp, torch.device("cpu"))
             _write_rank(rank_file(draft, rank, config.tp), weights, share)
-        _copy_text(model, draft / "tokenizer")
+        copy_text(model, draft / "tokenizer")
         head = {MARK: VERSION, "source": model.resolve().name, "template": template, "tp": config.tp}
         (draft / "model.json").write_text(json.dumps(head | {"spec": spec.to_json()}, indent=1), encoding="utf-8")
         write_engine_toml(draft / "engine.toml", config, config.tp)
@@ -92,9 +92,9 @@ def _write_rank(path: Path, items: LocalWeights, progress: Callable[[float], Non
         writer.close()
 
 
-def _copy_text(model: Path, folder: Path) -> None:
+def copy_text(model: Path, folder: Path) -> None:
     """Tokenizer, template, config.json and generation_config.json; no code and no weights' index."""
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     for pattern in TEXT_FILES:
         for path in sorted(model.glob(pattern)):
             if path.is_file() and not path.name.endswith(".index.json"):

@@ -139,12 +139,17 @@ def build_program(spec: "ModelSpec", weights: "ModelWeights", group: Group) -> S
     scale = torch.tensor(spec.embed_scale, dtype=weights.embed.dtype).item()  # as the checkpoints' own code rounds it
     ops: list[Op] = [Embed(weights.embed, scale, split)]
     for index, layer in enumerate(weights.layers):
-        ops += _attention(spec, index, layer) + _ffn(spec, layer)
+        ops += layer_ops(spec, index, layer)
     ops += [TakeRows(), Norm(weights.norm, spec.norm_eps), Head(weights.head, spec.vocab_size, spec.final_softcap)]
     first = weights.layers[0]
     num_heads = first.wo.in_features // spec.head_dim
     num_kv_heads = (first.w_qkv.out_features // spec.head_dim - num_heads) // 2
     return StepProgram(tuple(ops), spec, num_heads, num_kv_heads)
+
+
+def layer_ops(spec: "ModelSpec", index: int, layer: "LayerWeights") -> list[Op]:
+    """The operations of one layer, from residual stream to residual stream."""
+    return _attention(spec, index, layer) + _ffn(spec, layer)
 
 
 def _attention(spec: "ModelSpec", index: int, layer: "LayerWeights") -> list[Op]:

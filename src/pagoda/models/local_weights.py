@@ -65,7 +65,7 @@ def expected_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
             shapes[f"{module}.weight"] = (n, k)
             if bias:
                 shapes[f"{module}.bias"] = (n,)
-        shapes.update({f"{layer_name(spec, layer, n)}.weight": (size,) for _, n, size in _gains(spec)})
+        shapes.update({f"{layer_name(spec, layer, n)}.weight": (size,) for _, n, size in layer_gains(spec)})
     return shapes
 
 
@@ -80,7 +80,7 @@ def _modules(spec: ModelSpec, layer: int) -> Iterator[tuple[str, int, int, bool]
     yield layer_name(spec, layer, names.down), C, spec.ffn_size, spec.mlp_bias
 
 
-def _gains(spec: ModelSpec) -> list[tuple[str, str, int]]:
+def layer_gains(spec: ModelSpec) -> list[tuple[str, str, int]]:
     """(canonical name, checkpoint's name, size) of a layer's norms."""
     names, C = spec.row.names, spec.hidden_size
     gains = [("attention_norm", names.attention_norm, C), ("ffn_norm", names.ffn_norm, C)]
@@ -133,7 +133,7 @@ class LocalWeights:
     def _is_linear(self, module: str) -> bool:
         """Quantization covers the layers' matrices only: neither norms nor embedding nor head."""
         prefix = self.spec.row.names.layer.split("{")[0]
-        norms = {name.split(".")[-1] for _, name, _ in _gains(self.spec)}
+        norms = {name.split(".")[-1] for _, name, _ in layer_gains(self.spec)}
         return module.startswith(prefix) and module.split(".")[-1] not in norms
 
     def _harmless(self, name: str) -> bool:
@@ -144,21 +144,22 @@ class LocalWeights:
 
     def __len__(self) -> int:
         """How many items iteration gives."""
-        return self.spec.num_layers * (4 + len(_gains(self.spec))) + 2 + (not self.spec.tied_embeddings)
+        return self.spec.num_layers * (4 + len(layer_gains(self.spec))) + 2 + (not self.spec.tied_embeddings)
 
     def __iter__(self) -> Iterator[LocalMatrix | LocalTensor]:
         spec, names = self.spec, self.spec.row.names
         embed = self._take(f"{names.embed}.weight", (spec.vocab_size, spec.hidden_size))
         yield LocalTensor("embed.weight", take_rows([embed], vocab_pieces(self.shape), self.device))
         for layer in range(spec.num_layers):
-            yield from self._layer(layer)
+            yield from self.layer(layer)
         yield LocalTensor("norm.weight", self._gain(names.norm, spec.hidden_size))
         if not spec.tied_embeddings:
             yield self._head()
 
-    def _layer(self, layer: int) -> Iterator[LocalMatrix | LocalTensor]:
+    def layer(self, layer: int) -> Iterator[LocalMatrix | LocalTensor]:
+        """The items of one layer."""
         spec, shape = self.spec, self.shape
-        for name, theirs, size in _gains(spec):
+        for name, theirs, size in layer_gains(spec):
             yield LocalTensor(f"layers.{layer}.{name}.weight", self._gain(layer_name(spec, layer, theirs), size))
         prefix, C = f"layers.{layer}.", spec.hidden_size
         qkv, gate_up = qkv_parts(spec, layer), gate_up_parts(spec, layer)
