@@ -63,4 +63,5 @@ def random_weights(spec: ModelSpec, device: str, dtype: torch.dtype, rounded_to:
         for _ in range(spec.num_layers)
     ]
     embed = make(spec.vocab_size, c, scale=1.0)
-    return SimpleNamespace(embed=embed, norm=gain(c), head=matrix("head", spec.vocab_size, c), layers=layers)
+    head = matrix("head", spec.vocab_size, c)
+    return SimpleNamespace(embed=embed, norm=gain(c), head=head, layers=layers, kv_ranges=())

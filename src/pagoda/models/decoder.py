@@ -14,6 +14,7 @@ from torch import Tensor
 from pagoda.layers.parallel import Group
 
 if TYPE_CHECKING:
+    from pagoda.layers.kv_schemes import StaticRanges
     from pagoda.layers.linear import Linear
     from pagoda.models.loader import LayerWeights, ModelWeights
     from pagoda.models.spec import ModelSpec
@@ -106,6 +107,7 @@ class StepProgram:
     spec: "ModelSpec"
     num_heads: int
     num_kv_heads: int
+    kv_ranges: "tuple[StaticRanges, ...]" = ()  # of an int8 cache, by layer, where calibration fixed them
 
 
 @dataclass
@@ -144,7 +146,7 @@ def build_program(spec: "ModelSpec", weights: "ModelWeights", group: Group) -> S
     first = weights.layers[0]
     num_heads = first.wo.in_features // spec.head_dim
     num_kv_heads = (first.w_qkv.out_features // spec.head_dim - num_heads) // 2
-    return StepProgram(tuple(ops), spec, num_heads, num_kv_heads)
+    return StepProgram(tuple(ops), spec, num_heads, num_kv_heads, weights.kv_ranges)
 
 
 def layer_ops(spec: "ModelSpec", index: int, layer: "LayerWeights") -> list[Op]:

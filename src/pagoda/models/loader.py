@@ -13,13 +13,14 @@ from torch import Tensor
 
 from pagoda.config import EngineConfig
 from pagoda.errors import CheckpointError, WorkspaceError
+from pagoda.layers.kv_schemes import StaticRanges
 from pagoda.layers.linear import Linear
 from pagoda.layers.parallel import Group
 from pagoda.models.find import resolve_model, text_folder
 from pagoda.models.local_weights import LocalMatrix, LocalTensor, LocalWeights, open_weights
 from pagoda.models.spec import ModelSpec, read_spec, with_overrides
 from pagoda.models.workspace import is_workspace, open_workspace
-from pagoda.models.workspace_weights import LocalWorkspace
+from pagoda.models.workspace_weights import LocalWorkspace, read_kv_ranges
 
 __all__ = ["LayerWeights", "ModelWeights", "load_model", "resolve_model", "resolve_spec", "text_folder"]
 
@@ -50,6 +51,7 @@ class ModelWeights:
     norm: Tensor
     head: Linear
     layers: list[LayerWeights]
+    kv_ranges: tuple[StaticRanges, ...] = ()  # by layer, where `kv_qparams` wrote some into the workspace
 
 
 def resolve_spec(folder: Path, config: EngineConfig) -> tuple[ModelSpec, EngineConfig]:
@@ -79,7 +81,10 @@ def load_model(
     """This rank's weights of a checkpoint or workspace, packed on `device` for activations of `dtype`. `progress` is
     told the share that is done, from 0 to 1."""
     if is_workspace(folder):
-        return _build(LocalWorkspace(folder, spec, group.rank, group.size), spec, device, dtype, progress)
+        local = LocalWorkspace(folder, spec, group.rank, group.size)
+        built = _build(local, spec, device, dtype, progress)
+        built.kv_ranges = read_kv_ranges(folder, spec, local.shape)
+        return built
     weights = open_weights(folder, spec, config, group.rank, group.size, device)
     return _build(weights, spec, device, dtype, progress)
 

@@ -4,6 +4,7 @@
               engine.toml                     settings for a person to edit
               tokenizer/                      the checkpoint's text files
               weights/rank-R-of-N.safetensors canonical tensors
+              weights/kv-ranges.safetensors   ranges of an int8 cache, where calibrated
 
 Here its papers are read, without torch; `convert` writes it and `workspace_weights` reads its tensors.
 """
@@ -39,6 +40,11 @@ class Workspace:
 def rank_file(folder: Path, rank: int, size: int) -> Path:
     """Where one rank's tensors lie."""
     return folder / "weights" / f"rank-{rank}-of-{size}.safetensors"
+
+
+def kv_ranges_file(folder: Path) -> Path:
+    """Where `kv_qparams` leaves the ranges of an int8 cache."""
+    return folder / "weights" / "kv-ranges.safetensors"
 
 
 def is_workspace(folder: Path) -> bool:

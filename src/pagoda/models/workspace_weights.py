@@ -3,13 +3,16 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from pagoda.errors import WorkspaceError
+from pagoda.layers.kv_schemes import StaticRanges
 from pagoda.models.local_weights import LocalMatrix, LocalTensor
 from pagoda.models.safetensors_file import SafetensorsFile
+from pagoda.models.sharding import LocalShape
 from pagoda.models.spec import ModelSpec
-from pagoda.models.workspace import open_workspace, rank_file
+from pagoda.models.workspace import kv_ranges_file, open_workspace, rank_file
 
 ROLES = {
     "attention.w_qkv": "qkv",
@@ -58,6 +61,20 @@ class LocalWorkspace:
             scheme = "dense" if set(parts) == {"weight"} or self.spec.quant is None else self.spec.quant.scheme
             local_k = {"o": self.shape.num_heads * self.spec.head_dim, "down": self.shape.ffn_size}
             yield LocalMatrix(module, role, scheme, parts, bias, local_k.get(role, self.spec.hidden_size))
+
+
+def read_kv_ranges(folder: Path, spec: ModelSpec, shape: LocalShape) -> tuple[StaticRanges, ...]:
+    """By layer, this rank's kv heads of `layers.N.{k,v}_{scale,zero}` [kv heads]; empty where there is no such file."""
+    path = kv_ranges_file(folder)
+    if not path.is_file():
+        return ()
+    file, heads = SafetensorsFile(path), torch.tensor([max(h, 0) for h in shape.kv_heads])
+    names = ("k_scale", "k_zero", "v_scale", "v_zero")
+    wanted = {f"layers.{i}.{name}" for i in range(spec.num_layers) for name in names}
+    if wanted != file.names or any(file.get(n).shape != (spec.num_kv_heads,) for n in wanted):
+        raise WorkspaceError(f"{path} belongs to another model: calibrate again, or remove it.")
+    layers = range(spec.num_layers)
+    return tuple(StaticRanges(*(file.get(f"layers.{i}.{name}")[heads] for name in names)) for i in layers)
 
 
 def _module_names(spec: ModelSpec) -> Iterator[str]:

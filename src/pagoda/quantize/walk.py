@@ -135,7 +135,7 @@ class Walk:
         cos_TP, sin_TP = self._run.rope.angles(step.position_T, step.rope_len_T)
         logn = self.spec.logn_len
         q_scale = logn_scale(step.position_T, logn) if logn else None
-        return Frame(step, cos_TP, sin_TP, q_scale, h=h_TC, x=h_TC)
+        return Frame(step, q_scale, cos_TP=cos_TP, sin_TP=sin_TP, h=h_TC, x=h_TC)
 
     @torch.no_grad()
     def run(self, program: list[ops.Op], f: Frame, watch: Watch | None = None) -> Frame:

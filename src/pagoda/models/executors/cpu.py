@@ -69,6 +69,8 @@ def _check(program: StepProgram, config: EngineConfig, dtype: torch.dtype, group
         raise CannotRun("tensor parallel ranks meet in torch")
     if config.quant_policy not in ("none", "int8"):
         raise CannotRun(f"the C++ step has no {config.quant_policy} cache")
+    if config.quant_policy == "int8" and program.kv_ranges:
+        raise CannotRun("the C++ step computes the ranges of an int8 cache itself")
     if config.cache_block_seq_len % UNIT:
         raise CannotRun(f"the C++ step wants cache blocks of {UNIT} tokens or a multiple")
     if dtype not in KINDS:

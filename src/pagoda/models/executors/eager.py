@@ -75,7 +75,8 @@ class EagerExecutor:
         """Zeroed blocks 0 .. num_blocks - 1; block 0 is scratch, where padding rows may write."""
         p, scheme = self.program, get_kv_scheme(self.config.quant_policy)
         shape = (num_blocks, p.num_kv_heads, p.spec.head_dim, self.config.cache_block_seq_len)
-        self.caches = [scheme.allocate(*shape, self.dtype, self.device) for _ in range(p.spec.num_layers)]
+        static = p.kv_ranges if scheme.name == "int8" and p.kv_ranges else (None,) * p.spec.num_layers
+        self.caches = [scheme.allocate(*shape, self.dtype, self.device, ranges) for ranges in static]
 
     def free_cache(self) -> None:
         self.caches = []
