@@ -36,6 +36,7 @@ class Parts:
     norm: Tensor
     head: Linear
     layers: list[LayerParts]
+    kv_ranges: tuple = ()
 
 
 def tiny_spec(**changes: Any) -> ModelSpec:
