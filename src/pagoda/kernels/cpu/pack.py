@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pagoda.kernels.row_blocks import in_row_blocks
+
 KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 W8, W4, I8 = 3, 4, 5
 MIN_GROUP = 32  # columns that the integer kernels take at once
@@ -129,7 +131,7 @@ def pack_int8(
     else:
         group = k // scales_NG.shape[1]
     assert group % MIN_GROUP == 0, group
-    u = (_rows16(q_NK, glu).to(torch.int16) + 128).to(torch.uint8).contiguous()
+    u = _rows16(q_NK, glu).contiguous().view(torch.uint8) ^ 128  # q + 128
     unit, scales = _pack_scales(scales_NG, glu)
     q = _blocks(u.view(torch.int32))
     return PackedWeight(
@@ -139,11 +141,15 @@ def pack_int8(
 
 def quantize_int8(weight_NK: Tensor, group: int = MIN_GROUP) -> tuple[Tensor, Tensor]:
     """(int8 [N, K padded], scales [N, G]): round to nearest, symmetric, in groups of columns."""
-    w = _padded(weight_NK, 1, group).view(weight_NK.shape[0], -1, group)
-    scales_NG = w.abs().amax(-1).float() / 127
-    inverse_NG = torch.where(scales_NG > 0, 1 / scales_NG, 0.0)
-    q = (w * inverse_NG.unsqueeze(-1)).round_().clamp_(-127, 127).to(torch.int8)
-    return q.flatten(1), scales_NG
+
+    def rounds(w_NK: Tensor) -> tuple[Tensor, Tensor]:
+        w = _padded(w_NK, 1, group).float().view(w_NK.shape[0], -1, group)
+        scales_NG = w.abs().amax(-1) / 127
+        inverse_NG = torch.where(scales_NG > 0, 1 / scales_NG, 0.0)
+        q = (w * inverse_NG.unsqueeze(-1)).round_().clamp_(-127, 127).to(torch.int8)
+        return q.flatten(1), scales_NG
+
+    return in_row_blocks(rounds, weight_NK)
 
 
 def pack_int4(
@@ -160,9 +166,9 @@ def pack_int4(
     group = k // scales_NG.shape[1]
     assert group % MIN_GROUP == 0, group
     v = _rows16(qweight, glu)
-    # bytes hold columns (2i, 2i + 1); the kernel wants (j, j + 4) of every 8 columns
-    columns = torch.stack([v & 15, v >> 4], -1).view(v.shape[0], k // 8, 2, 4)
-    words = (columns[:, :, 0] | columns[:, :, 1] << 4).contiguous().view(torch.int32).squeeze(-1)
+    # Bytes hold columns (2i, 2i + 1), the kernel wants (j, j + 4) of every 8: the nibbles 01234567 of a word become
+    # 01452367, then 04152637.
+    words = _swapped(_swapped(v.contiguous().view(torch.int32), 0xFF00, 8), 0xF000F0, 4)
     zeros = None if bool((zeros_NG == 8).all()) else _blocks(_rows16(zeros_NG.to(torch.uint8), glu))
     unit, scales = _pack_scales(scales_NG, glu)
     perm = None if perm_K is None else perm_K.to(torch.int32).contiguous()
@@ -170,6 +176,12 @@ def pack_int4(
     return PackedWeight(
         W4, v.shape[0], k, in_features or k, _blocks(words), group, unit, scales, zeros, bias, perm
     )  # fmt: skip
+
+
+def _swapped(words: Tensor, mask: int, shift: int) -> Tensor:
+    """int32 words with the bits under `mask` and those `shift` places above exchanged."""
+    differ = (words ^ (words >> shift)) & mask
+    return words ^ differ ^ (differ << shift)
 
 
 def _pack_scales(scales_NG: Tensor, glu: bool) -> tuple[float, Tensor]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from pagoda.errors import CheckpointError
 from pagoda.kernels.eight_bit_linear import FEW_ROWS, eight_bit_linear, scaled
 from pagoda.kernels.quantize_rows import GROUP, quantize_rows, quantize_rows_reference
+from pagoda.kernels.row_blocks import in_row_blocks
 from pagoda.kernels.triton_env import HAS_TRITON
 from pagoda.layers.schemes.cut import cut, cut_dim, share
 
@@ -67,7 +68,7 @@ class EightBit:
         )
 
     def quantize(self, weight_NK: Tensor, group_size: int = 128) -> Tensors:
-        qweight, scales = quantize_rows_reference(weight_NK, self.kind)
+        qweight, scales = in_row_blocks(lambda w: quantize_rows_reference(w, self.kind), weight_NK)
         return {"qweight": qweight, "scales": scales}
 
     def fuse(self, parts: list[Tensors]) -> Tensors:

@@ -4,6 +4,7 @@ Canonical: see `schemes`. Packed on CUDA: {"q", "meta"} of `kernels.int4_layout`
 canonical tensors with float32 scales. Shape letters: N out features, K in features, Kp padded, G groups.
 """
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from pagoda.errors import CheckpointError
 from pagoda.kernels.int4_layout import GROUPS, pack_tiles, unpack_tiles
 from pagoda.kernels.int4_linear import dequantize_int4, int4_linear_launch, supports
+from pagoda.kernels.row_blocks import in_row_blocks
 from pagoda.kernels.triton_env import HAS_TRITON
 from pagoda.layers.schemes.cut import cut, cut_dim, share
 from pagoda.layers.schemes.int4_formats import Plain4, read_foreign
@@ -31,6 +33,9 @@ def nibbles(qweight: Tensor) -> Tensor:
 
 def bytes_of(q_NK: Tensor) -> Tensor:
     """The inverse."""
+    if sys.byteorder == "little" and q_NK.is_contiguous():  # two values a word: whole vectors at a time
+        pair = q_NK.view(torch.int16)
+        return ((pair >> 4) | pair).to(torch.uint8)
     return q_NK[:, 0::2] | (q_NK[:, 1::2] << 4)
 
 
@@ -91,18 +96,18 @@ class Int4:
 
     def quantize(self, weight_NK: Tensor, group_size: int = 128) -> Tensors:
         """Asymmetric, range [min, max] of each group with 0 inside, scales kept in float16."""
-        n, k = weight_NK.shape
-        w = F.pad(weight_NK.float(), (0, -k % group_size)).view(n, -1, group_size)
-        low, high = w.amin(-1).clamp(max=0), w.amax(-1).clamp(min=0)
-        scales = ((high - low) / 15).clamp(min=1e-6).half()
-        step = scales.float()
-        zeros = (-low / step).round().clamp(0, 15)
-        q = ((w / step.unsqueeze(-1)).round() + zeros.unsqueeze(-1)).clamp(0, 15)
-        return {
-            "qweight": bytes_of(q.to(torch.uint8).flatten(1)),
-            "scales": scales,
-            "zeros": zeros.to(torch.uint8),
-        }
+
+        def rounds(w_NK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            w = F.pad(w_NK.float(), (0, -w_NK.shape[1] % group_size)).view(w_NK.shape[0], -1, group_size)
+            low, high = w.amin(-1).clamp(max=0), w.amax(-1).clamp(min=0)  # one after the other: faster than aminmax
+            scales = ((high - low) / 15).clamp(min=1e-6).half()
+            step = scales.float()
+            zeros = (-low / step).round().clamp(0, 15)
+            q = (w / step.unsqueeze(-1)).round_().add_(zeros.unsqueeze(-1)).clamp_(0, 15)
+            return bytes_of(q.to(torch.uint8).flatten(1)), scales, zeros.to(torch.uint8)
+
+        qweight, scales, zeros = in_row_blocks(rounds, weight_NK)
+        return {"qweight": qweight, "scales": scales, "zeros": zeros}
 
     def fuse(self, parts: list[Tensors]) -> Tensors:
         perm = parts[0].get("perm")
