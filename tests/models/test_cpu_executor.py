@@ -57,6 +57,12 @@ def logits(runner, spec, steps=STEPS):
     return [runner.forward(make_step(rows, spec.vocab_size)) for rows in steps]
 
 
+def layers_bytes(made):
+    """What the layers' matrices and gains hold, from the table of the C++ step."""
+    matrices = [getattr(layer, name) for layer in made.layers for name in ("qkv", "o", "gate_up", "down")]
+    return sum(m.rows * m.cols * made.dtype.itemsize for m in matrices) + len(made.layers) * 2 * 40 * 4
+
+
 def assert_close(got, wanted, tolerance):
     """Relative error in norm, per step: rounding noise, whatever the scale of the logits."""
     for step, (a, b) in enumerate(zip(got, wanted, strict=True)):
@@ -199,6 +205,8 @@ def test_a_tied_head_is_held_once(dtype):
     program = tiny_program(spec, dtype)
     made = executor(program, dtype=dtype)
     assert made.model.embed == made.model.head.q
+    rows, columns = -(-131 // 16) * 16, 48  # padded to whole blocks of the kernels
+    assert made.weight_bytes - layers_bytes(made) == rows * columns * dtype.itemsize + 40 * 4
     wanted = logits(executor(in_float32(program), kind=EagerExecutor), spec)
     assert_close(logits(made, spec), wanted, {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 0.02}[dtype])
 

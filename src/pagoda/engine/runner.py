@@ -104,12 +104,13 @@ class Runner:
             weights = load_model(model, spec, config, self.device, dtype, group, progress)
             program = build_program(spec, weights, group)
             self.executor = make_executor(program, config, self.device, dtype, group)
-        free = self._free_bytes()
+            del weights, program  # what the executor did not keep is free again
+        free, held = self._free_bytes(), self.executor.weight_bytes
         self.plan: MemoryPlan = plan_memory(
             spec,
             config,
             device=str(self.device),
-            weight_bytes=max(0, before - free),
+            weight_bytes=max(0, before - free) if held is None else held,
             free_bytes=group.smallest(free),
             block_bytes=self.executor.bytes_per_block(),
             dtype_bytes=dtype.itemsize,

@@ -58,9 +58,9 @@ class PackedWeight:
             self.kind, self.rows, self.cols, self.in_features, self.group, self.unit, *pointers
         )  # fmt: skip
 
-    def nbytes(self) -> int:
-        tensors = (self.q, self.scales, self.zeros, self.bias)
-        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+    def tensors(self) -> list[Tensor]:
+        """All that it owns."""
+        return [t for t in (self.q, self.scales, self.zeros, self.bias, self.perm) if t is not None]
 
 
 def _padded(t: Tensor, dim: int, multiple: int) -> Tensor:
@@ -168,7 +168,9 @@ def pack_int4(
     v = _rows16(qweight, glu)
     # Bytes hold columns (2i, 2i + 1), the kernel wants (j, j + 4) of every 8: the nibbles 01234567 of a word become
     # 01452367, then 04152637.
-    words = _swapped(_swapped(v.contiguous().view(torch.int32), 0xFF00, 8), 0xF000F0, 4)
+    (words,) = in_row_blocks(
+        lambda w: (_swapped(_swapped(w, 0xFF00, 8), 0xF000F0, 4),), v.contiguous().view(torch.int32)
+    )
     zeros = None if bool((zeros_NG == 8).all()) else _blocks(_rows16(zeros_NG.to(torch.uint8), glu))
     unit, scales = _pack_scales(scales_NG, glu)
     perm = None if perm_K is None else perm_K.to(torch.int32).contiguous()
@@ -180,8 +182,8 @@ def pack_int4(
 
 def _swapped(words: Tensor, mask: int, shift: int) -> Tensor:
     """int32 words with the bits under `mask` and those `shift` places above exchanged."""
-    differ = (words ^ (words >> shift)) & mask
-    return words ^ differ ^ (differ << shift)
+    differ = (words >> shift).bitwise_xor_(words).bitwise_and_(mask)
+    return (differ << shift).bitwise_xor_(differ).bitwise_xor_(words)
 
 
 def _pack_scales(scales_NG: Tensor, glu: bool) -> tuple[float, Tensor]:

@@ -98,7 +98,8 @@ class Int4:
         """Asymmetric, range [min, max] of each group with 0 inside, scales kept in float16."""
 
         def rounds(w_NK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            w = F.pad(w_NK.float(), (0, -w_NK.shape[1] % group_size)).view(w_NK.shape[0], -1, group_size)
+            w, missing = w_NK.float(), -w_NK.shape[1] % group_size
+            w = (F.pad(w, (0, missing)) if missing else w).view(w.shape[0], -1, group_size)
             low, high = w.amin(-1).clamp(max=0), w.amax(-1).clamp(min=0)  # one after the other: faster than aminmax
             scales = ((high - low) / 15).clamp(min=1e-6).half()
             step = scales.float()

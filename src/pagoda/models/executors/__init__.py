@@ -11,9 +11,11 @@ from pagoda.models.decoder import StepInput, StepProgram
 
 
 class Executor(Protocol):
-    """One rank's model and its cache. `graph_safe`: `forward` of a decode step may be captured into a CUDA graph."""
+    """One rank's model and its cache. `graph_safe`: `forward` of a decode step may be captured into a CUDA graph.
+    `weight_bytes`: what its own copy of the weights holds; None where it runs on those that were loaded."""
 
     graph_safe: bool
+    weight_bytes: int | None
 
     def bytes_per_block(self) -> int:
         """Of one block of the KV cache: all layers, this rank's heads."""

@@ -119,6 +119,7 @@ class CpuExecutor:
         self._take = take_weights
         self.layers = (LayerStruct * len(layers))(*(self._layer(layer) for layer in layers))
         self.model = self._model(program, layers[0][9].act)
+        self.weight_bytes = sum(self._sizes().values())
         return_freed_memory()
         self.cache: list[Tensor] = []
 
@@ -132,6 +133,11 @@ class CpuExecutor:
         tensor = tensor.float().contiguous()
         self._keep.append(tensor)
         return address(tensor)
+
+    def _sizes(self) -> dict[int, int]:
+        """Bytes of everything that the tables point to, by address: a tied embedding counts once."""
+        kept = [t for kept in self._keep for t in (kept.tensors() if isinstance(kept, PackedWeight) else [kept])]
+        return {t.data_ptr(): t.nbytes for t in kept}
 
     def _weight(self, linear: Any) -> PackedWeight:
         """Packed. Beside quantized layers a dense head would be the most of a step's bytes: it goes to 8 bit."""

@@ -46,6 +46,7 @@ class EagerExecutor:
     faster runs, for the report."""
 
     graph_safe = True
+    weight_bytes = None
 
     def __init__(
         self,
