@@ -23,7 +23,13 @@ footer {display: none !important}
 """
 JS = """() => {
   document.addEventListener("keydown", e => { if (e.key === "Escape") document.querySelector("#stop")?.click() });
+  const widen = tries => {
+    const toggle = document.querySelector(".sidebar .toggle-button");
+    if (toggle && innerWidth > 768) toggle.click(); else if (!toggle && tries) setTimeout(widen, 100, tries - 1);
+  };
+  widen(50);
 }"""
+"""Escape stops; the list of conversations is open where there is room."""
 DARK = "() => { document.body.classList.toggle('dark') }"
 
 Messages = list[dict[str, Any]]
@@ -165,7 +171,7 @@ class Page:
         with gr.Blocks(title=f"Pagoda · {self.model['id']}", analytics_enabled=False, fill_height=True) as page:
             c: dict[str, Any] = {"store": gr.BrowserState({}, storage_key="pagoda", secret="pagoda")}
             c["reply_id"] = gr.State("")
-            with gr.Sidebar(width=260):
+            with gr.Sidebar(width=260, open=False):
                 c["new"] = gr.Button(variant="primary", size="sm", elem_id="new")
                 c["chats"] = gr.Radio([], elem_id="chats")
                 c["delete"] = gr.Button(size="sm", elem_id="delete")
@@ -211,9 +217,10 @@ class Page:
         shown = [store, chats, chat, speed]
         for trigger, work in ((c["new"].click, self.fresh), (c["delete"].click, self.forget)):
             trigger(self.stop, [c["reply_id"]], None, queue=False).then(work, [store], shown, show_progress="hidden")
-        quiet(c["reset"].click, lambda: ([], ""), None, [chat, speed]).then(
-            self.saved, [store, chat, system], [store, chats]
-        )
+        for trigger in (c["reset"].click, chat.clear):
+            quiet(trigger, lambda: ([], ""), None, [chat, speed]).then(
+                self.saved, [store, chat, system], [store, chats], show_progress="hidden"
+            )
         quiet(chats.input, self.show, [store, chats], [store, chat, system, speed])
         c["dark"].click(None, js=DARK)
         worded = [c[name] for name in WORDS["en"] if name in c and name != "speed"]
