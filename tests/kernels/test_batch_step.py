@@ -38,3 +38,19 @@ def test_advance_equals_its_reference(device: torch.device, rows: int) -> None:
         assert not torch.equal(got, before)
     assert ours[1][trash] == 0, "trash stays empty"
     assert int(ours[2].sum() - state[2].sum()) == int((sample_R != trash).sum())
+
+
+@pytest.mark.parametrize(("num_triples", "num_pairs"), [(0, 1), (4, 0), (150, 3), (2, 140)])
+def test_changes_equal_their_reference(device: torch.device, num_triples: int, num_pairs: int) -> None:
+    slots, width = 150, 7
+    cells = torch.randperm(slots * width)[:num_triples]
+    triples = torch.stack([cells // width, cells % width, torch.randint(1, 9999, (num_triples,))], 1)
+    pairs = torch.stack([torch.randperm(slots)[:num_pairs], torch.randint(1, 99, (num_pairs,))], 1)
+    packed = torch.cat([triples.flatten(), pairs.flatten()]).to(device)
+    ours, theirs = (
+        [torch.zeros(size, dtype=torch.int32, device=device) for size in ((slots, width), (slots,))] for _ in range(2)
+    )
+    batch_step.launch_changes(packed, num_triples, *ours)
+    batch_step.write_changes_reference(packed, num_triples, *theirs)
+    assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
+    assert int((ours[0] > 0).sum()) == num_triples and int((ours[1] > 0).sum()) == num_pairs

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from pagoda.engine.graphs import MIXED_SIZES, padded_width
+from pagoda.engine.graphs import MIXED_SIZES, mixed_rows, mixed_width
 from pagoda.engine.schedule import Row, Schedule
-from pagoda.kernels.batch_step import advance_rows, gather_decode
+from pagoda.kernels.batch_step import advance_rows, gather_decode, write_changes
 from pagoda.kernels.triton_env import starts_early
 from pagoda.models.decoder import StepInput
 
@@ -66,13 +66,7 @@ class DeviceBatch:
         if not updates and not pairs:
             return
         flat = np.concatenate([np.array(updates, np.int64).reshape(-1), np.array(pairs, np.int64).reshape(-1)])
-        packed = self.upload(flat)
-        if pairs:
-            pair = packed[3 * len(updates) :].view(-1, 2)
-            self.rope_len_S.index_copy_(0, pair[:, 0].contiguous(), pair[:, 1].to(torch.int32))
-        if updates:
-            triple = packed[: 3 * len(updates)].view(-1, 3)
-            self.block_table_SB.index_put_((triple[:, 0], triple[:, 1]), triple[:, 2].to(torch.int32))
+        write_changes(self.upload(flat), len(updates), self.block_table_SB, self.rope_len_S)
 
     def decode_input(self, slot_R: torch.Tensor, width: int) -> StepInput:
         """Gather one token a row (device work only; may be captured in a graph)."""
@@ -121,7 +115,8 @@ class DeviceBatch:
             single = _num_single(rows)
             single_len[:single], first[:single] = kv_len[:single], single
         # A token of -1 stands for the slot's last sampled token, which only the device knows.
-        token[:total] = [t for row in rows for t in (_ON_DEVICE if row.tokens is None else row.tokens)]
+        for row, at in zip(rows, firsts, strict=True):
+            token[at : at + row.num_tokens] = -1 if row.tokens is None else row.tokens
         tenant[:total] = np.repeat(slots, lens)
         position[:total] = np.arange(total) + np.repeat(starts - firsts, lens)
         return packed
@@ -155,21 +150,18 @@ class DeviceBatch:
         lens = [row.num_tokens for row in rows]
         return MixedShape(sum(lens), len(rows), self._num_blocks(rows), max(lens), _num_single(rows))
 
-    def padded_shape(self, rows: list[Row]) -> MixedShape | None:
+    def padded_shape(self, rows: list[Row], most_tokens: int) -> MixedShape | None:
         """One of the few shapes for graphs; None if the step is too large for them."""
-        num = min(self.trash, 1 << (len(rows) - 1).bit_length())
+        num = mixed_rows(len(rows), self.trash)
         total = max(num, sum(row.num_tokens for row in rows))
-        if total > MIXED_SIZES[-1]:
+        if total > most_tokens:
             return None
         tokens = next(size for size in MIXED_SIZES if total <= size)
-        width = padded_width(self._num_blocks(rows), self.block_table_SB.shape[1], 4)
+        width = mixed_width(self._num_blocks(rows), self.block_table_SB.shape[1])
         return MixedShape(tokens, num, width, tokens, None)
 
     def _num_blocks(self, rows: list[Row]) -> int:
         return (max(row.start + row.num_tokens for row in rows) - 1) // self.block_len + 1
-
-
-_ON_DEVICE = [-1]
 
 
 def _num_single(rows: list[Row]) -> int:

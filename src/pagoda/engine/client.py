@@ -211,11 +211,12 @@ class EngineClient:
     def _dispatch(self, outputs: list[Output]) -> None:
         """Hand outputs to their tickets, waking each event loop once."""
         by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Ticket, Output]]] = {}
-        for output in outputs:
-            with self._lock:
-                ticket = self._tickets.get(output.id)
-                if ticket is not None and output.finish_reason is not None:
-                    del self._tickets[output.id]
+        with self._lock:
+            found = [(self._tickets.get(output.id), output) for output in outputs]
+            for output in outputs:
+                if output.finish_reason is not None:
+                    self._tickets.pop(output.id, None)
+        for ticket, output in found:
             if ticket is None:
                 continue
             if ticket.loop is None:

@@ -16,8 +16,11 @@ from pagoda.log import get_logger
 # Padding costs at most an eighth of a step's rows above 16.
 SIZES = (1, 2, 3, 4, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 SIZES += tuple(range(320, 1025, 64))
-# Tokens of steps with prompt chunks: beyond the last the device takes longer than the host needs to launch them.
-MIXED_SIZES = (16, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
+MIXED_SIZES = (16, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)  # tokens of steps with prompt chunks
+MIXED_SIZES += (640, 768, 896, 1024, 1280, 1536, 1792, 2048)
+# Weights times tokens of the largest such step: beyond, a GPU computes for longer than the host needs to launch the
+# step kernel by kernel (about 8 ms), so that a graph would gain nothing and its padding would cost.
+MIXED_WORK = 4e12
 
 log = get_logger(__name__)
 
@@ -27,12 +30,25 @@ def padded_rows(num_rows: int, most: int) -> int:
     return next((size for size in SIZES if num_rows <= size <= most), most)
 
 
-def padded_width(num_blocks: int, most: int, ratio: int = 2) -> int:
-    """Table width of a graph: 8 blocks times a power of `ratio`, at most the widest table."""
-    width = 8
-    while width < num_blocks:
-        width *= ratio
-    return min(most, width)
+def padded_width(num_blocks: int, most: int) -> int:
+    """Table width of a graph: a power of two of at least 8 blocks, at most the widest table."""
+    return min(most, max(8, 1 << (num_blocks - 1).bit_length()))
+
+
+def mixed_rows(num_rows: int, most: int) -> int:
+    """Rows of a graph with prompt chunks: a power of four, at most `most`. Rows of padding cost little there, and each
+    size costs a capture for each of the other sizes."""
+    return min(most, 1 << -(-(num_rows - 1).bit_length() // 2) * 2)
+
+
+def mixed_width(num_blocks: int, most: int) -> int:
+    """The same for its table: eight blocks times a power of four."""
+    return min(most, 8 * mixed_rows(-(-num_blocks // 8), most))
+
+
+def largest_mixed(num_weights: int) -> int:
+    """The most tokens of a graph with prompt chunks, for a model that multiplies each token with so many weights."""
+    return max(size for size in MIXED_SIZES if size <= max(MIXED_SIZES[0], MIXED_WORK / num_weights))
 
 
 class GraphCache:

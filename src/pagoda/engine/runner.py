@@ -15,7 +15,7 @@ import torch
 
 from pagoda.config import EngineConfig
 from pagoda.engine.batch import DeviceBatch, MixedShape, MixedStep, packed_size, scored_rows
-from pagoda.engine.graphs import MIXED_SIZES, GraphCache, padded_rows, padded_width
+from pagoda.engine.graphs import GraphCache, largest_mixed, padded_rows, padded_width
 from pagoda.engine.kv_cache import MemoryPlan, host_free_bytes, plan_memory
 from pagoda.engine.request import TokenLogprobs
 from pagoda.engine.sampler import Sampled, SampleFlags, SamplingState, sample
@@ -127,13 +127,14 @@ class Runner:
             self.executor.allocate_cache(plan.num_blocks)
             self.batch = DeviceBatch(slots, width, plan.block_len, self.device)
             self.state = SamplingState(slots + 1, self.spec.vocab_size, self.device)
+        self._most_mixed = largest_mixed(num_weights(self.spec) // self.config.tp)
         self._graphs: tuple[GraphCache, GraphCache] | None = None  # of decode steps, of steps with prompt chunks
         if self.device.type == "cuda" and self.config.cuda_graph and self.executor.graph_safe:
             pool = torch.cuda.graph_pool_handle()
-            most = packed_size(min(slots, MIXED_SIZES[-1]), MIXED_SIZES[-1])
+            most = packed_size(min(slots, self._most_mixed), self._most_mixed)
             self._graphs = (
                 GraphCache(self._decode, lambda key: self._pad_slots([], key), slots, self.device, pool),
-                GraphCache(self._mixed, self._blank_mixed, most, self.device, pool, patience=1, most=64),
+                GraphCache(self._mixed, self._blank_mixed, most, self.device, pool, patience=1, most=128),
             )
 
     @torch.inference_mode()
@@ -205,7 +206,7 @@ class Runner:
         """Prompt chunks and decode rows together: a graph where the step is small and its shape has come before."""
         scores = any(row.prompt_logprobs for row in rows)
         if self._graphs is not None and mask_RW is None and not scores:
-            padded = self.batch.padded_shape(rows)
+            padded = self.batch.padded_shape(rows, self._most_mixed)
             if padded is not None and self._graphs[1].takes(key := MixedKey(padded, flags)):
                 return self._graphs[1].run(key, self.batch.pack_mixed(rows, padded))
         shape = self.batch.exact_shape(rows)
@@ -280,6 +281,12 @@ class Runner:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             torch.cuda.empty_cache()
+
+
+def num_weights(spec: ModelSpec) -> int:
+    """That each token is multiplied with, in all layers."""
+    heads, hidden = 2 * (spec.num_heads + spec.num_kv_heads) * spec.head_dim, spec.hidden_size
+    return spec.num_layers * hidden * (heads + 3 * spec.ffn_size)
 
 
 def _read_prompt(row: Row, packed: torch.Tensor) -> list[TokenLogprobs]:

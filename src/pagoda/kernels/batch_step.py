@@ -1,4 +1,5 @@
-"""What a decode step reads from the running batch before the model, and writes to it after: one launch each.
+"""What a step reads from the running batch before the model and writes to it after, and the host's changes to it: one
+launch each.
 
 Contract. S slots (the last is trash: padding rows use it, and it stays empty), R rows, B blocks of the longest session,
 W table width of this step. `slot_R` int64 names each row's slot. State: `last_token_S` int64, `kv_len_S` and
@@ -11,6 +12,8 @@ a block below W. early_launch (GPU): the next kernel may start at once, and must
 rows whose `sample_slot_R` (int64) is not trash last_token_S[sample_slot] = token_R (int64), count_S[sample_slot] += 1
 (int64: tokens that the slot's request has generated). Slots are distinct, except for trash. early_launch (GPU): start
 before the previous kernel has ended, and wait for it inside.
+`write_changes`: `packed` int64 holds `num_triples` triples (slot, index in its table, block), then pairs (slot,
+rope_len); all go into block_table_SB and rope_len_S. No cell is named twice.
 """
 
 from typing import NamedTuple
@@ -95,6 +98,18 @@ def advance_kernel(
     tl.store(count_ptr + slot, tl.load(count_ptr + slot, mask=samples, other=0) + 1, mask=samples)
 
 
+@jit(do_not_specialize=["num_triples", "num_pairs"])
+def changes_kernel(packed, table, rope, num_triples, num_pairs, num_blocks, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mine = at < num_triples
+    triple = packed + at * 3
+    slot, index = tl.load(triple, mask=mine, other=0), tl.load(triple + 1, mask=mine, other=0)
+    tl.store(table + slot * num_blocks + index, tl.load(triple + 2, mask=mine, other=0).to(tl.int32), mask=mine)
+    mine = at < num_pairs
+    pair = packed + num_triples * 3 + at * 2
+    tl.store(rope + tl.load(pair, mask=mine, other=0), tl.load(pair + 1, mask=mine, other=0).to(tl.int32), mask=mine)
+
+
 def launch_gather(
     slot_R: Tensor, last_token_S: Tensor, kv_len_S: Tensor, rope_len_S: Tensor, block_table_SB: Tensor,
     block_len: int, width: int, early_launch: bool = False,
@@ -144,3 +159,23 @@ def advance_rows(
         launch_advance(*args, early_launch)
     else:
         advance_rows_reference(*args)
+
+
+def write_changes_reference(packed: Tensor, num_triples: int, block_table_SB: Tensor, rope_len_S: Tensor) -> None:
+    triple, pair = packed[: 3 * num_triples].view(-1, 3), packed[3 * num_triples :].view(-1, 2)
+    block_table_SB[triple[:, 0], triple[:, 1]] = triple[:, 2].to(torch.int32)
+    rope_len_S[pair[:, 0]] = pair[:, 1].to(torch.int32)
+
+
+def launch_changes(packed: Tensor, num_triples: int, block_table_SB: Tensor, rope_len_S: Tensor) -> None:
+    """The Triton form, on a GPU or in the interpreter."""
+    num_pairs = (packed.numel() - 3 * num_triples) // 2
+    grid = (-(-max(num_triples, num_pairs) // 128),)
+    args = (packed, block_table_SB, rope_len_S, num_triples, num_pairs, block_table_SB.shape[1])
+    changes_kernel[grid](*args, BLOCK=128, num_warps=4)
+
+
+def write_changes(packed: Tensor, num_triples: int, block_table_SB: Tensor, rope_len_S: Tensor) -> None:
+    """See the module's contract."""
+    form = launch_changes if packed.is_cuda and HAS_TRITON else write_changes_reference
+    form(packed, num_triples, block_table_SB, rope_len_S)
