@@ -16,19 +16,21 @@ import torch
 from pagoda.engine.graphs import MIXED_SIZES, mixed_rows, mixed_width
 from pagoda.engine.schedule import Row, Schedule
 from pagoda.kernels.batch_step import advance_rows, gather_decode, write_changes
+from pagoda.kernels.library_attention import Fresh, fresh_rows
 from pagoda.kernels.triton_env import starts_early
 from pagoda.models.decoder import StepInput
 
 
 class MixedShape(NamedTuple):
     """Sizes of a step with prompt chunks: `width` of its block tables; `single_rows`: how many of the first rows have
-    one token each, None where only the device is to know it."""
+    one token each, None where only the device is to know it; `fresh`: see `StepInput`."""
 
     tokens: int
     rows: int
     width: int
     max_query_len: int
     single_rows: int | None
+    fresh: Fresh = ()
 
 
 class MixedStep(NamedTuple):
@@ -142,13 +144,15 @@ class DeviceBatch:
             decode=shape.max_query_len == 1,
             single_rows=shape.single_rows or 0,
             single_len_R=single_len_R.to(torch.int32) if shape.single_rows is None else None,
+            fresh=shape.fresh,
         )
         return MixedStep(step, slot_R, sample_slot_R)
 
     def exact_shape(self, rows: list[Row]) -> MixedShape:
         """Without padding."""
         lens = [row.num_tokens for row in rows]
-        return MixedShape(sum(lens), len(rows), self._num_blocks(rows), max(lens), _num_single(rows))
+        fresh = fresh_rows([(row.start, row.num_tokens) for row in rows])
+        return MixedShape(sum(lens), len(rows), self._num_blocks(rows), max(lens), _num_single(rows), fresh)
 
     def padded_shape(self, rows: list[Row], most_tokens: int) -> MixedShape | None:
         """One of the few shapes for graphs; None if the step is too large for them."""

@@ -237,7 +237,7 @@ def decode_attention_fused_launch(
     early_launch: int = 0,
     num_warps: int = 4,
     num_stages: int = 3,
-    merge: int = 4,
+    merge: int = 8,
     target: int = TARGET_PROGRAMS,
 ) -> Tensor:
     """The Triton kernel; both gains or neither, head_dim a power of two from 32."""

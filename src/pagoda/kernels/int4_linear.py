@@ -21,7 +21,7 @@ from pagoda.kernels.int4_layout import CHUNK, TILE, unpack_asm, unpack_tiles
 from pagoda.kernels.small_linear import Extras, finish_tile, meet, tile_rows, with_extras
 from pagoda.kernels.triton_env import INTERPRETED, gdc_launch_dependents, gdc_wait, jit, next_power_of_2, tl
 
-NARROW_ROWS = 16
+NARROW_ROWS = 8
 MAX_ROWS = 256  # past that, opening the matrix once and the library's product win (H200)
 
 

@@ -19,6 +19,7 @@ from pagoda.kernels.decode_attention import (
 )
 from pagoda.kernels.decode_parts import cache_arrays, padded_rows, score_constants, tile_sizes
 from pagoda.kernels.kv_pack import LayerCache
+from pagoda.kernels.library_attention import Fresh, library_attention, library_takes
 from pagoda.kernels.triton_env import INTERPRETED, gdc_launch_dependents, gdc_wait, jit, next_power_of_2, tl
 
 QUERY_TILE = 256  # queries of one score matrix of the reference: bounds its memory
@@ -291,6 +292,7 @@ def prefill_attention(
     early_launch: bool = False,
     single_rows: int = 0,
     single_len_R: Tensor | None = None,
+    fresh: Fresh = (),
 ) -> Tensor:
     """-> out [T, H, D] in q's dtype, new memory. Row r owns queries query_start[r] .. query_start[r+1] - 1 (at most
     max_query_len of them, none is allowed): the last tokens of its kv_len_R[r] cached ones. Query i of n sees keys up
@@ -301,7 +303,7 @@ def prefill_attention(
     The first `single_rows` rows have exactly one query each, and go the cheaper way of `decode_attention`. Where only
     the device knows how many those are, `single_len_R` [R] int32 holds their kv_len, and 0 for the rows after them, at
     whose first query query_start then begins (T >= R). On a GPU the grid depends on shapes alone, and nothing waits
-    for the host.
+    for the host. `fresh` (see `library_attention`): the last rows, where the host knows that their prompts begin here.
     """
     n, first, how = single_rows, single_rows, (scale, window, softcap)
     if single_len_R is not None:
@@ -313,8 +315,14 @@ def prefill_attention(
         out_THD = torch.empty_like(q_THD)
         if n:  # first: for rows that are not single it writes zeros, where a query of another row may belong
             decode_attention_launch(*one, early_launch, out_RHD=out_THD[:n])
-        many = (q_THD, cache, query_start_R1[first:], kv_len_R[first:], block_table_RB[first:])
-        return prefill_attention_launch(*many, *how, early_launch, out_THD=out_THD)
+        rows = kv_len_R.numel()
+        if fresh and library_takes(q_THD, cache, window, softcap):
+            library_attention(q_THD, cache, block_table_RB, fresh, scale, out_THD)
+            rows = fresh[0][0]
+        if rows > first:
+            many = (q_THD, cache, query_start_R1[first : rows + 1], kv_len_R[first:rows], block_table_RB[first:rows])
+            prefill_attention_launch(*many, *how, early_launch, out_THD=out_THD)
+        return out_THD
     many = (q_THD, cache, query_start_R1[first:], kv_len_R[first:], block_table_RB[first:], max_query_len)
     out_THD = prefill_attention_reference(*many, *how)
     if n:

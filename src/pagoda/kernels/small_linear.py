@@ -232,16 +232,16 @@ def _dot_kernel(
 
 # (N, K, act) of the measured shapes; each won inside a whole step under early launch
 _GEMV = {  # BN, BK, warps, unroll
-    (6144, 4096, False): (4, 1024, 4, 2),
+    (6144, 4096, False): (2, 1024, 4, 1),
     (4096, 4096, False): (8, 1024, 4, 1),
     (28672, 4096, True): (2, 1024, 4, 1),
     (4096, 14336, False): (8, 1024, 4, 1),
     (128256, 4096, False): (4, 256, 1, 4),
-    (4096, 1024, False): (2, 1024, 4, 1),
+    (4096, 1024, False): (8, 1024, 4, 1),
     (1024, 2048, False): (4, 1024, 4, 2),
-    (6144, 1024, True): (4, 512, 2, 2),
+    (6144, 1024, True): (2, 1024, 4, 1),
     (1024, 3072, False): (4, 1024, 4, 2),
-    (151936, 1024, False): (4, 512, 2, 4),
+    (151936, 1024, False): (4, 512, 2, 2),
 }
 _DOT = {  # up to 16 rows: BN, BK, warps, stages, split; BN counts gate and up rows
     (6144, 4096, False): (64, 256, 4, 4, 1),

@@ -118,6 +118,7 @@ class StepInput:
     `logit_row_L` None: all rows in order. `rope_len_T`: see `Rope.angles`. `single_rows`: so many of the first rows are
     known to have one token each. `single_len_R` (int32, `decode` False): where only the device knows how many, the
     kv_len of such rows and 0 for the others; `query_start_R1` then begins with the first of the others.
+    `fresh`: last rows that the host knows to begin in this step, see `kernels/library_attention.py`.
     """
 
     token_T: Tensor  # int64
@@ -133,6 +134,7 @@ class StepInput:
     rope_len_T: Tensor | None = None  # int32
     single_rows: int = 0
     single_len_R: Tensor | None = None
+    fresh: tuple[tuple[int, int, int], ...] = ()
 
 
 def build_program(spec: "ModelSpec", weights: "ModelWeights", group: Group) -> StepProgram:

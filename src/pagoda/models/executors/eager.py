@@ -123,7 +123,7 @@ class EagerExecutor:
         else:
             out = prefill_attention(
                 f.x, cache, step.query_start_R1, step.kv_len_R, step.block_table_RB, step.max_query_len, *how,
-                single_rows=step.single_rows, single_len_R=step.single_len_R,
+                single_rows=step.single_rows, single_len_R=step.single_len_R, fresh=step.fresh,
             )  # fmt: skip
         f.x = out.flatten(1)
 

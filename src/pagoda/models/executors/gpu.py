@@ -23,7 +23,7 @@ from pagoda.models.decoder import Add, Attend, Embed, Gate, Head, Norm, Op, Proj
 from pagoda.models.executors.eager import EagerExecutor, Frame
 
 MAX_PLANNED_ROWS = 256  # steps of more rows share one plan
-MAX_FUSED_ATTENTION_ROWS = 32  # above, rope and cache write are a kernel of their own
+MAX_FUSED_ATTENTION_ROWS = 4  # above, rope and cache write are a kernel of their own (B: 26 us a step at 8 rows)
 # When the attention kernel lets the next one start (see `decode_attention_fused`): at once where that is a product of
 # one row with 16-bit weights, which asks for its first weights meanwhile; after its own reads where it is small or
 # split, or it takes multiprocessors away.
