@@ -18,11 +18,11 @@ from pagoda.engine.batch import DeviceBatch, MixedShape, MixedStep, packed_size,
 from pagoda.engine.graphs import GraphCache, largest_mixed, padded_rows, padded_width
 from pagoda.engine.kv_cache import MemoryPlan, host_free_bytes, plan_memory
 from pagoda.engine.request import TokenLogprobs
-from pagoda.engine.sampler import Sampled, SampleFlags, SamplingState, sample
+from pagoda.engine.sampler import Sampled, SampleFlags, SamplingState, greedy_over_ranks, sample
 from pagoda.engine.schedule import Row, Schedule, SlotInit, StepResult
 from pagoda.errors import DeviceError
 from pagoda.layers.parallel import Group
-from pagoda.models.decoder import build_program
+from pagoda.models.decoder import StepInput, build_program
 from pagoda.models.executors import make_executor
 from pagoda.models.loader import load_model
 from pagoda.models.spec import ModelSpec
@@ -196,9 +196,15 @@ class Runner:
     def _decode(self, slot_R: torch.Tensor, key: DecodeKey) -> Sampled:
         """The whole decode step; device work only."""
         step = self.batch.decode_input(slot_R, key.width)
-        sampled = sample(self.executor.forward(step), slot_R, self.state, key.flags)
+        sampled = self._choose(step, slot_R, key.flags)
         self.batch.advance(slot_R, step.kv_len_R, slot_R, sampled.token_R, self.state.count_S)
         return sampled
+
+    def _choose(self, step: StepInput, slot_R: torch.Tensor, flags: SampleFlags) -> Sampled:
+        """Forward and sample; where only the largest score counts, the ranks exchange no more than that."""
+        if self.group.size > 1 and flags.plain:
+            return greedy_over_ranks(self.executor.forward(step, gather=False), self.state, self.group)
+        return sample(self.executor.forward(step), slot_R, self.state, flags)
 
     def _launch_mixed(
         self, rows: list[Row], flags: SampleFlags, mask_RW: torch.Tensor | None, prompt_rows: list[tuple[Row, Any]]

@@ -28,6 +28,7 @@ from pagoda.engine.schedule import SlotInit
 from pagoda.kernels.argmax import argmax
 from pagoda.kernels.sample import choose_tokens
 from pagoda.kernels.triton_env import starts_early
+from pagoda.layers.parallel import Group
 
 REPETITION, PRESENCE, FREQUENCY = 4, 5, 6  # columns of knob_SK, after those of kernels/sample.py
 NUM_KNOBS = 8
@@ -43,6 +44,11 @@ class SampleFlags(NamedTuple):
     penalties: bool = False
     edits: bool = False  # logit bias, bad words or min_tokens
     logprobs: int = -1
+
+    @property
+    def plain(self) -> bool:
+        """The largest score of each row decides."""
+        return self.all_greedy and not (self.penalties or self.edits) and self.logprobs < 0
 
     def union(self, other: "SampleFlags") -> "SampleFlags":
         return SampleFlags(
@@ -274,6 +280,23 @@ def sample(
     top = raw_RV.topk(min(flags.logprobs, raw_RV.shape[1]), -1)
     own_R = (raw_RV.gather(1, token_R[:, None]) - total_R1).squeeze(1)
     return Sampled(token_R, own_R, top.values - total_R1, top.indices)
+
+
+def greedy_over_ranks(part_RV: torch.Tensor, state: SamplingState, group: Group) -> Sampled:
+    """The most likely token of each row, the first of equals, of logits that the ranks hold side by side: the ranks
+    exchange one value and one id a row. `part_RV`: this rank's, float32, padded past the end of the vocabulary."""
+    start = group.rank * part_RV.shape[1]
+    num_real = min(part_RV.shape[1], state.vocab_size - start)
+    if num_real > 0:
+        part_RV = part_RV[:, :num_real]
+    index_R = argmax(part_RV, state.arrivals_S, state.early_launch)
+    value_R1 = part_RV.gather(1, index_R[:, None])
+    if num_real <= 0:
+        value_R1 = torch.full_like(value_R1, -torch.inf)
+    mine_R2 = torch.cat([value_R1, (index_R[:, None] + start).float()], 1)  # ids below 2^24 are exact
+    all_NR2 = group.all_gather(mine_R2[None], 0)
+    best_1R = all_NR2[..., 0].argmax(0, keepdim=True)
+    return Sampled(all_NR2[..., 1].gather(0, best_1R)[0].long())
 
 
 def _masked(logits_RV: torch.Tensor, mask_RW: torch.Tensor) -> torch.Tensor:

@@ -26,8 +26,9 @@ class Executor(Protocol):
     def free_cache(self) -> None:
         """Give the blocks' memory back."""
 
-    def forward(self, step: StepInput) -> Tensor:
-        """Logits [L, V] float32 of the wanted rows, on every rank; the step's keys and values go to the cache."""
+    def forward(self, step: StepInput, gather: bool = True) -> Tensor:
+        """Logits [L, V] float32 of the wanted rows, on every rank; the step's keys and values go to the cache.
+        Without `gather` V is this rank's rows of the head, padding included."""
 
     def describe(self) -> str:
         """One line for the start-up report: what runs, and why not something faster."""

@@ -225,8 +225,9 @@ class CpuExecutor:
 
     # ---- the step
     @torch.no_grad()
-    def forward(self, step: StepInput) -> Tensor:
-        """One step through the model; keys and values go to the cache -> logits [L, V], float32, soft cap applied."""
+    def forward(self, step: StepInput, gather: bool = True) -> Tensor:
+        """One step through the model; keys and values go to the cache -> logits [L, V], float32, soft cap applied.
+        There is one rank, so nothing to gather."""
         spec = self.spec
         cos_TP, sin_TP = self.rope.angles(step.position_T, step.rope_len_T)
         q_scale_T = logn_scale(step.position_T, spec.logn_len) if spec.logn_len else None

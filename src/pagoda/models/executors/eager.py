@@ -30,7 +30,8 @@ ROW_PARALLEL = ("o", "down")
 @dataclass
 class Frame:
     """What one forward carries from op to op: the facts of the step, and what the embedding makes: angles and the two
-    registers. `early`: kernels may start before the one ahead of them has ended, and wait for it inside (GPU)."""
+    registers. `early`: kernels may start before the one ahead of them has ended, and wait for it inside (GPU).
+    `gather`: all ranks' logits are wanted."""
 
     step: StepInput
     q_scale_T: Tensor | None
@@ -39,6 +40,7 @@ class Frame:
     h: Tensor
     x: Tensor
     early: bool = False
+    gather: bool = True
 
 
 class EagerExecutor:
@@ -83,15 +85,16 @@ class EagerExecutor:
         self.caches = []
 
     @torch.no_grad()
-    def forward(self, step: StepInput) -> Tensor:
-        """One step through the model; keys and values go to the cache -> logits [L, V], float32, soft cap applied."""
-        return self._walk(self.program.ops, step)
+    def forward(self, step: StepInput, gather: bool = True) -> Tensor:
+        """One step through the model; keys and values go to the cache -> logits [L, V], float32, soft cap applied. V
+        without `gather`: this rank's rows of the head, padding included."""
+        return self._walk(self.program.ops, step, gather)
 
-    def _walk(self, program_ops: tuple[Any, ...], step: StepInput, early: bool = False) -> Tensor:
+    def _walk(self, program_ops: tuple[Any, ...], step: StepInput, gather: bool, early: bool = False) -> Tensor:
         spec = self.program.spec
         q_scale_T = logn_scale(step.position_T, spec.logn_len) if spec.logn_len else None
         none = step.token_T  # until the embedding
-        f = Frame(step, q_scale_T, cos_TP=none, sin_TP=none, h=none, x=none, early=early)
+        f = Frame(step, q_scale_T, cos_TP=none, sin_TP=none, h=none, x=none, early=early, gather=gather)
         for op in program_ops:
             self.HANDLERS[type(op)](self, op, f)
         return f.x
@@ -141,10 +144,12 @@ class EagerExecutor:
             f.h = f.h.index_select(0, f.step.logit_row_L)
 
     def _head(self, op: ops.Head, f: Frame) -> None:
-        f.x = self._finish_logits(op, op.linear(f.x))
+        f.x = self._finish_logits(op, op.linear(f.x), f)
 
-    def _finish_logits(self, op: ops.Head, logits_LV: Tensor) -> Tensor:
-        logits_LV = self.group.all_gather(logits_LV)[:, : op.vocab_size].float()
+    def _finish_logits(self, op: ops.Head, logits_LV: Tensor, f: Frame) -> Tensor:
+        if f.gather:
+            logits_LV = self.group.all_gather(logits_LV)[:, : op.vocab_size]
+        logits_LV = logits_LV.float()
         if op.softcap:
             logits_LV = torch.tanh(logits_LV / op.softcap) * op.softcap
         return logits_LV

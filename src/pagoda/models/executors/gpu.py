@@ -80,8 +80,9 @@ class GpuExecutor(EagerExecutor):
         return f"fused kernels on {name}, {str(self.dtype).removeprefix('torch.')}, {kernels} a layer at one row"
 
     @torch.no_grad()
-    def forward(self, step: StepInput) -> Tensor:
-        return self._walk(self.plan(step.token_T.shape[0], step.decode), step, early=step.decode and self._early)
+    def forward(self, step: StepInput, gather: bool = True) -> Tensor:
+        plan = self.plan(step.token_T.shape[0], step.decode)
+        return self._walk(plan, step, gather, early=step.decode and self._early)
 
     def plan(self, rows: int, decode: bool) -> tuple[Any, ...]:
         """The operations of a step of that many tokens."""
@@ -161,7 +162,7 @@ class GpuExecutor(EagerExecutor):
         out = None
         if linear.fuses(rows, norm=norm is not None):  # these kernels round to any type, so to float32 at once
             out = torch.empty(rows, linear.out_features, dtype=torch.float32, device=self.device)
-        f.x = self._finish_logits(op.head, linear(f.h, norm=norm, out=out, pdl=f.early))
+        f.x = self._finish_logits(op.head, linear(f.h, norm=norm, out=out, pdl=f.early), f)
 
     HANDLERS = EagerExecutor.HANDLERS | {
         Embed: _embed,
