@@ -38,7 +38,7 @@ def test_weights_are_as_large_as_those_that_load(tiny_llama: Path, scheme: str, 
             held += sum(t.nbytes for t in linear.tensors.values())
         elif item.name == "embed.weight":
             held += item.tensor.nbytes
-    assert roofline.rank_matrices(spec, tp, 4).held_bytes == pytest.approx(held, rel=0.02)
+    assert roofline.weight_bytes(spec, tp, 4) == pytest.approx(held, rel=0.02)
 
 
 @pytest.mark.parametrize(("n", "k", "group"), [(64, 128, 128), (200, 96, 32), (130, 320, 64)])

@@ -11,6 +11,7 @@ from pagoda.log import get_logger
 
 log = get_logger(__name__)
 
+gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
 JOIN_TIMEOUT = datetime.timedelta(seconds=120)
 
 
@@ -72,7 +73,7 @@ class Group:
         if self.size == 1:
             return x
         all_N = x.new_empty(self.size, *x.shape)
-        dist.all_gather_into_tensor(all_N.flatten(0, 1), x.contiguous(), group=self._ranks)
+        gather_into(all_N.flatten(0, 1), x.contiguous(), group=self._ranks)
         return torch.cat(all_N.unbind(), dim)
 
     def broadcast_(self, x: Tensor, source: int = 0) -> Tensor:
