@@ -20,7 +20,7 @@ from pagoda.models.executors.eager import EagerExecutor
 class DirectCache:
     """`GraphCache` without graphs: the body runs on the static input; the blank input first, as a capture would."""
 
-    def __init__(self, body, blank, size, device, pool, patience=0, most=4096):
+    def __init__(self, body, blank, size, patience=0):
         self.body, self.blank, self.input_N, self.patience = body, blank, torch.zeros(size, dtype=torch.int64), patience
         self.keys: Counter = Counter()
 
@@ -47,10 +47,10 @@ def padded(monkeypatch):
 
     def start(self):
         original(self)
-        pool, slots = None, self.config.max_batch_size
+        slots = self.config.max_batch_size
         self._graphs = (
-            DirectCache(self._decode, lambda key: self._pad_slots([], key), slots, self.device, pool),
-            DirectCache(self._mixed, self._blank_mixed, 10**4, self.device, pool, patience=1),
+            DirectCache(self._decode, lambda key: self._pad_slots([], key), slots),
+            DirectCache(self._mixed, self._blank_mixed, 10**4, patience=1),
         )
         made.append(self._graphs)
 

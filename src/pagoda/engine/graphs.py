@@ -54,7 +54,8 @@ def largest_mixed(num_weights: int) -> int:
 class GraphCache:
     """Graphs of one function `body(input_N, key) -> outputs` that touches only device memory. `blank(key)` is an int64
     array to warm up with: an input of padding alone, as long (at most `size`) as all inputs of that key. `patience`:
-    how often a key must have come before it gets a graph; `most`: how many graphs there may be."""
+    how often a key must have come before it gets a graph; `most`: how many graphs there may be. Caches may share their
+    memory `pool` and the stream `side` on which they capture: libraries keep a workspace for each stream."""
 
     def __init__(
         self,
@@ -63,10 +64,11 @@ class GraphCache:
         size: int,
         device: torch.device,
         pool: Any,
+        side: torch.cuda.Stream,
         patience: int = 0,
         most: int = 4096,
     ):
-        self._body, self._blank, self._device, self._pool = body, blank, device, pool
+        self._body, self._blank, self._device, self._pool, self._side = body, blank, device, pool, side
         self._patience, self._most = patience, most
         self._input_N = torch.zeros(size, dtype=torch.int64, device=device)
         self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, Any]] = {}
@@ -98,13 +100,12 @@ class GraphCache:
         input_N = self._input_N[: blank_N.numel()]
         input_N.copy_(blank_N)
         torch.cuda.synchronize(self._device)
-        side = torch.cuda.Stream(self._device)
-        with torch.cuda.stream(side):
+        with torch.cuda.stream(self._side):
             for _ in range(2):
                 self._body(input_N, key)
         torch.cuda.synchronize(self._device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=side):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._side):
             outputs = self._body(input_N, key)
         self._input_N.copy_(wanted_N)
         torch.cuda.synchronize(self._device)

@@ -130,11 +130,11 @@ class Runner:
         self._most_mixed = largest_mixed(num_weights(self.spec) // self.config.tp)
         self._graphs: tuple[GraphCache, GraphCache] | None = None  # of decode steps, of steps with prompt chunks
         if self.device.type == "cuda" and self.config.cuda_graph and self.executor.graph_safe:
-            pool = torch.cuda.graph_pool_handle()
+            place = (self.device, torch.cuda.graph_pool_handle(), torch.cuda.Stream(self.device))
             most = packed_size(min(slots, self._most_mixed), self._most_mixed)
             self._graphs = (
-                GraphCache(self._decode, lambda key: self._pad_slots([], key), slots, self.device, pool),
-                GraphCache(self._mixed, self._blank_mixed, most, self.device, pool, patience=1, most=128),
+                GraphCache(self._decode, lambda key: self._pad_slots([], key), slots, *place),
+                GraphCache(self._mixed, self._blank_mixed, most, *place, patience=1, most=128),
             )
 
     @torch.inference_mode()
