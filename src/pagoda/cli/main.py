@@ -25,6 +25,12 @@ class Verb:
 VERBS: dict[str, Verb] = {
     "chat": Verb("pagoda.cli.chat", "talk to a model in the terminal", first_words=("turbomind", "torch", "pytorch")),
     "convert": Verb("pagoda.cli.convert", "write a workspace: weights fused, cut and packed once"),
+    "quantize": Verb("pagoda.cli.quantize", "write a quantized checkpoint, and report what it costs"),
+    "lite": Verb(
+        "pagoda.cli.lite",
+        "quantization in its older spellings",
+        first_words=("calibrate", "kv_qparams", "auto_awq", "smooth_quant"),
+    ),
     "eval": Verb("pagoda.cli.eval", "measure perplexity and accuracy under an engine setting"),
     "bench": Verb(
         "pagoda.cli.bench",

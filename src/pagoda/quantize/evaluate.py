@@ -16,8 +16,9 @@ from pathlib import Path
 from pagoda.config import EngineConfig
 from pagoda.engine.client import start_engine
 from pagoda.engine.request import EngineRequest, Output, SamplingParams
-from pagoda.engine.runner import pick_device
+from pagoda.engine.runner import pick_device, pick_dtype
 from pagoda.errors import EngineError, UsageError
+from pagoda.layers.kv_schemes import get_kv_scheme
 from pagoda.models.find import resolve_model, text_folder
 from pagoda.models.loader import resolve_spec
 from pagoda.models.spec import session_len
@@ -82,7 +83,7 @@ class Evaluator:
         self.tokenizer: Tokenizer = load_tokenizer(self._text)
         self.engine = start_engine(folder, config, inline=True, progress=progress)
         self.session_len = min(self.session_len, self.engine.info.session_len - 1)
-        self.on_gpu = pick_device(config).type == "cuda"
+        self._config, self.on_gpu = config, pick_device(config).type == "cuda"
 
     def text(self, text: str, progress: Progress | None = None) -> Perplexity:
         """Of a text, in windows. `UsageError` when it has no tokens."""
@@ -130,6 +131,24 @@ class Evaluator:
         scores = score(ask, asked)
         right = [reply.strip() == question.answer for reply, question in zip(replies, asked)]
         return Answers(scores, right, time.monotonic() - started, tokens)
+
+    def speed(self, rows: int = 8, tokens: int = 64) -> float:
+        """Tokens generated a second by `rows` requests at once, prompts of 64 tokens; a first run warms up."""
+        params = SamplingParams(temperature=0.0, max_tokens=tokens)
+        prompts = [[(7 * i + 11 * r) % self._spec.vocab_size for i in range(64)] for r in range(rows)]
+        for _ in range(2):
+            started = time.monotonic()
+            for _ in self._run(prompts, params, None):
+                pass
+            seconds = time.monotonic() - started
+        return rows * tokens / seconds
+
+    def cache_bytes(self) -> int:
+        """Of one token of all layers in the KV cache, scales included."""
+        spec, config = self._spec, self._config
+        shape = (spec.num_kv_heads, spec.head_dim, config.cache_block_seq_len, pick_dtype(config, spec))
+        layer = get_kv_scheme(config.quant_policy).bytes_per_block(*shape)
+        return layer * spec.num_layers // config.cache_block_seq_len
 
     def _template(self) -> ChatTemplate:
         return load_template(self._text, self._template_name, self.tokenizer)

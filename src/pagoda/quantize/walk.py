@@ -26,7 +26,7 @@ from pagoda.models.local_weights import LocalMatrix, LocalTensor, LocalWeights
 from pagoda.models.spec import ModelSpec
 
 ROLES = {"attention.w_qkv": "qkv", "attention.wo": "o", "ffn.w_gate_up": "gate_up", "ffn.w_down": "down"}
-BATCH_TOKENS = 4096
+BATCH_TOKENS = {"cuda": 4096, "cpu": 2048}
 Watch = Callable[[str, Tensor], None]  # told (role or "k" or "v", value) as a layer runs
 
 
@@ -74,7 +74,7 @@ class Walk:
         program = StepProgram((), spec, spec.num_heads, spec.num_kv_heads)
         config = EngineConfig(session_len=length)
         self._run = EagerExecutor(program, config, device, dtype, Group.single())
-        self.block_len, self.rows = config.cache_block_seq_len, max(1, BATCH_TOKENS // length)
+        self.block_len, self.rows = config.cache_block_seq_len, max(1, BATCH_TOKENS[device.type] // length)
         self._blocks = -(-length // self.block_len)
         shape = (self.rows * self._blocks + 1, spec.num_kv_heads, spec.head_dim, self.block_len)
         self._run.caches = [get_kv_scheme("none").allocate(*shape, dtype, device)]
