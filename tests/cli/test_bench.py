@@ -212,6 +212,9 @@ def test_the_command_measures_the_bundled_model(capsys, tmp_path):
     lines = [json.loads(text) for text in capsys.readouterr().out.splitlines()]
     assert [line["workload"] for line in lines] == ["throughput", "first token", "decode"]
     assert all(line["value"] > 0 and line["engine"] == {"device": "cpu"} for line in lines)
+    assert main(["bench", "throughput", "mini", *small, "--output-len", "60", "--speculative-ngram", "3"]) == 0
+    line = json.loads(capsys.readouterr().out)
+    assert line["guessed"] > 0 and 0 <= line["accepted"] <= 1
     assert main(["bench", "serving", "mini", *small, "--rates", "50,100", "--out", str(tmp_path / "out")]) == 0
     lines = [json.loads(text) for text in (tmp_path / "out").read_text().splitlines()]
     assert [line["rate"] for line in lines] == [50, 100] and all(line["requests"] == 3 for line in lines)

@@ -103,6 +103,13 @@ def test_chat_on_a_real_checkpoint(story):
     assert expected in done.stdout and "24 tokens in 1 reply" in done.stdout
 
 
+def test_speculation_says_the_same_and_how_well_it_guessed(story):
+    folder, prompt, expected = story
+    words = ("chat", str(folder), "--model-name", "base", *OPTIONS, "--speculative-ngram", "4")
+    done = run(*words, typed=f"{prompt}\n\nexit\n")
+    assert expected in done.stdout and "guessed tokens were right" in done.stdout, done
+
+
 def test_convert_and_chat_on_the_workspace(story, tmp_path):
     folder, prompt, expected = story
     workspace = tmp_path / "workspace"

@@ -16,7 +16,8 @@ def entry(before: bytes, token: int, variant: int) -> bytes:
 
 def choose(last: bytes, num_generated: int, params: SamplingParams) -> int:
     noise = params.seed.to_bytes(8, "little") + num_generated.to_bytes(4, "little")
-    token = blake2b(last + noise, digest_size=2).digest()[0] % VOCAB
+    drawn = blake2b(last + noise, digest_size=2).digest()
+    token = drawn[0] % VOCAB if drawn[1] % 2 else 1 + num_generated % 2  # often a pattern, which can be guessed
     if token in params.stop_ids and num_generated < params.min_tokens:
         token = next(t for t in range(VOCAB) if t not in params.stop_ids)
     return token
@@ -42,6 +43,7 @@ class FakeDevice:
         self.block_len, self.num_blocks, self.variant = block_len, num_blocks, variant
         self.cache: dict[tuple[int, int], bytes] = {}
         self.slots: dict[int, dict] = {}
+        self.choose = choose
         self.unseen: dict[int, int] = {}  # tokens of a slot that the host has not digested
 
     def launch(self, plan: Schedule) -> StepResult:
@@ -79,15 +81,20 @@ class FakeDevice:
                 scores.append(TokenLogprobs(init.history[position + 1], -float(position + 1)))
         if row.prompt_logprobs:
             result.prompt_logprobs[row.slot] = scores
-        if row.samples:
-            if init.params.grammar is not None:
-                assert self.unseen[row.slot] == 0, "a grammar must have seen every token"
-            last = self.cache[spot(row.start + row.num_tokens - 1)]
-            state["last"] = choose(last, state["num_generated"], init.params)
-            state["num_generated"] += 1
-            self.unseen[row.slot] += 1
-            result.tokens.append(state["last"])
-            result.logprobs.append(TokenLogprobs(state["last"], -1.0))
+        if row.samples and init.params.grammar is not None:
+            assert self.unseen[row.slot] == 0, "a grammar must have seen every token"
+            assert row.samples == 1, "a grammar's tokens are not guessed"
+        right = True  # after a wrong guess all is void
+        for i in range(row.samples):
+            position = row.start + row.num_tokens - row.samples + i
+            token = self.choose(self.cache[spot(position)], state["num_generated"], init.params)
+            result.tokens.append(token)
+            result.logprobs.append(TokenLogprobs(token, -1.0))
+            if right:
+                state["last"] = token
+                state["num_generated"] += 1
+                right = i + 1 < row.samples and tokens[i + 1] == token
+        self.unseen[row.slot] += row.samples > 0
 
     def seen(self, plan: Schedule) -> None:
         for row in plan.rows:

@@ -30,10 +30,13 @@ class Machine(RuleBasedStateMachine):
         budget=st.sampled_from([1, 3, 7, 64]),
         caching=st.booleans(),
         depth=st.integers(1, 3),
+        guesses=st.sampled_from([0, 1, 4]),
     )
-    def start(self, pool, batch, budget, caching, depth):
+    def start(self, pool, batch, budget, caching, depth, guesses):
         variant = lambda n: 0 if n <= 8 else n  # noqa: E731
-        config = SchedulerConfig(batch, budget, 4, pool + 1, 30, caching, max_queued=6, cache_variant=variant)
+        config = SchedulerConfig(
+            batch, budget, 4, pool + 1, 30, caching, max_queued=6, num_guesses=guesses, cache_variant=variant
+        )
         self.scheduler = Scheduler(config)
         self.device = FakeDevice(4, pool + 1, variant)
         self.depth, self.variant = depth, variant
@@ -225,7 +228,8 @@ def wander(seed: int, num_moves: int) -> Machine:
     random = Random(seed)
     machine = Machine()
     pool = random.choice([2, 5, 7, 13, 29])
-    machine.start(pool, random.randint(1, 4), random.choice([1, 3, 7, 64]), random.random() < 0.8, random.randint(1, 3))
+    machine.start(pool, random.randint(1, 4), random.choice([1, 3, 7, 64]), random.random() < 0.8, random.randint(1, 3),
+                  random.choice([0, 1, 4]))  # fmt: skip
     moves = ["add"] * 6 + ["step"] * 12 + ["digest"] * 6 + ["abort", "abort", "fail", "row_error", "delete_session"]
     for _ in range(num_moves):
         move = random.choice([*moves, "allocator_fails_once"])
@@ -252,9 +256,10 @@ def wander(seed: int, num_moves: int) -> Machine:
 
 def test_long_random_histories():
     total = Counter()
-    for seed in range(120):
+    for seed in range(180):
         counters = wander(seed, 120).scheduler.counters
         total.update(preempted=counters.preemptions, cached=counters.cached_tokens, **counters.finished)
+        total.update(right=counters.accepted_tokens, wrong=counters.guessed_tokens - counters.accepted_tokens)
     assert min(total.values()) > 100, f"the walks must reach everything: {total}"
 
 

@@ -33,7 +33,10 @@ def test_quantized_weights_run(weights: str) -> None:
     assert accuracy(510, weight_format=weights) >= (0.9 if weights == "int4" else 0.97)
 
 
-@pytest.mark.parametrize("knobs", [{}, {"cuda_graph": False}, {"max_prefill_token_num": 64}, {"max_batch_size": 2}])
+@pytest.mark.parametrize(
+    "knobs",
+    [{}, {"cuda_graph": False}, {"max_prefill_token_num": 64}, {"max_batch_size": 2}, {"speculative_ngram": 5}],
+)
 def test_float32_replies_are_those_of_the_cpu(knobs: dict[str, object]) -> None:
     replies = []
     for device in ("cpu", "cuda"):

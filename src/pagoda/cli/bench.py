@@ -91,8 +91,9 @@ class Bench:
         sizes = [(len(job.prompt), job.num_tokens) for job in jobs]
         limit = run.num_tokens / self.limits.run(sizes) if self.limits else None
         total = sum(p + n for p, n in sizes) / run.wall
-        self.record.say("throughput", statistics.median(rates), "tok/s", limit, total_tok_s=round(total, 1),
-                        input_len=self.args.input_len, output_len=self.args.output_len, **run.summary())  # fmt: skip
+        facts = {"input_len": self.args.input_len, "output_len": self.args.output_len, "total_tok_s": round(total, 1)}
+        facts |= {**run.summary(), **self.target.new_facts()}
+        self.record.say("throughput", statistics.median(rates), "tok/s", limit, **facts)
 
     def latency(self) -> None:
         """Batches of equal requests: time to the first token, and the decode rate once all have one."""
@@ -109,7 +110,7 @@ class Bench:
                 rate = statistics.median(run.decode_rate for _, run in runs)
                 middle = input_len + output_len[1] / 2
                 limit = batch / self.limits.decode(batch, middle) if self.limits else None
-                self.record.say("decode", rate, "tok/s", limit, **sizes)
+                self.record.say("decode", rate, "tok/s", limit, **sizes, **self.target.new_facts())
 
     def serving(self) -> None:
         """Requests at their times, whether the server keeps up or not."""
@@ -117,7 +118,8 @@ class Bench:
             run = drive(self.target, jobs)
             if not run.done:
                 must_succeed(run)
-            self.record.say("serving", run.steady_rate, "tok/s", rate=round(rate, 3), **run.summary())
+            facts = {**run.summary(), **self.target.new_facts()}
+            self.record.say("serving", run.steady_rate, "tok/s", rate=round(rate, 3), **facts)
 
     def _serving_jobs(self) -> Iterator[tuple[list[Job], float]]:
         args = self.args

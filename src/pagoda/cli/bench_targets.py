@@ -25,6 +25,9 @@ class Target(Protocol):
     def generate(self, job: Job) -> AsyncIterator[int]:
         """Greedy, end of sequence ignored; yields the number of new tokens whenever some arrive."""
 
+    def new_facts(self) -> dict[str, Any]:
+        """What is to be said beside the figures of the last runs."""
+
 
 class EngineTarget:
     """An engine of ours, token ids in and out."""
@@ -32,6 +35,16 @@ class EngineTarget:
     def __init__(self, engine: EngineClient):
         self.engine = engine
         self._ids = itertools.count()
+        self._counted = (0, 0)
+
+    def new_facts(self) -> dict[str, Any]:
+        """The share of guessed tokens that was right since the last call, where tokens were guessed."""
+        counters, (before, right_before) = self.engine.stats().counters, self._counted
+        self._counted = (counters.guessed_tokens, counters.accepted_tokens)
+        guessed = counters.guessed_tokens - before
+        if not guessed:
+            return {}
+        return {"guessed": guessed, "accepted": round((counters.accepted_tokens - right_before) / guessed, 3)}
 
     async def generate(self, job: Job) -> AsyncIterator[int]:
         params = SamplingParams(temperature=0.0, max_tokens=job.num_tokens)
@@ -94,6 +107,9 @@ class HttpTarget:
         finally:
             if writer is not None:
                 writer.close()
+
+    def new_facts(self) -> dict[str, Any]:
+        return {}
 
     async def find_model(self) -> str:
         """The name that the server lists first, unless one was given."""

@@ -139,13 +139,21 @@ def open_model(args: argparse.Namespace) -> Model:
         return pipeline(args.model, config, chat_template=args.model_name, progress=progress)
 
 
+def guess_report(model: Model) -> str:
+    """How well speculation guessed; nothing where the engine is not ours."""
+    engine = getattr(model, "engine", None)
+    counters = engine.stats().counters if engine is not None else None
+    return f", {counters.accepted_tokens} of {counters.guessed_tokens} guessed tokens were right" if counters else ""
+
+
 def run(args: argparse.Namespace) -> int:
     gen = config_from(args, GenerationConfig)
     model = open_model(args)
     try:
         speed = talk_to(model, gen, args.meta_instruction)
+        guessed = guess_report(model) if config_from(args, EngineConfig).speculative_ngram else ""
     finally:
         model.close()
     if speed.num_tokens:
-        print(f"\n{speed.report()}")
+        print(f"\n{speed.report()}{guessed}")
     return 0

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from pagoda.engine.graphs import MIXED_SIZES, mixed_rows, mixed_width
+from pagoda.engine.guessed import num_logit_rows
 from pagoda.engine.schedule import Row, Schedule
 from pagoda.kernels.batch_step import advance_rows, gather_decode, write_changes
 from pagoda.kernels.library_attention import Fresh, fresh_rows
@@ -106,7 +107,7 @@ class DeviceBatch:
         starts = np.fromiter((row.start for row in rows), np.int64, num)
         lens = np.fromiter((row.num_tokens for row in rows), np.int64, num)
         slots = np.fromiter((row.slot for row in rows), np.int64, num)
-        samples = np.fromiter((row.samples for row in rows), bool, num)
+        samples = np.fromiter((row.samples > 0 for row in rows), bool, num)
         ends = np.cumsum(lens)
         total, firsts = int(lens.sum()), ends - lens
         packed, (slot, sample_slot, kv_len, single_len, last, first, token, tenant, position) = _fields(R, T)
@@ -197,10 +198,12 @@ def _fields(num_rows: int, num_tokens: int) -> tuple[np.ndarray, list[np.ndarray
 
 
 def scored_rows(rows: list[Row]) -> tuple[np.ndarray, np.ndarray]:
-    """For a step with rows that report their prompt's log-probabilities: which tokens need logits (all of such a row,
-    the last of another), and where the rows' last tokens stand among them."""
-    wanted, first = [], 0
+    """For a step with rows that report their prompt's log-probabilities or follow guesses: which tokens need logits
+    (all of the former, the last ones of another), and where those that may sample, and each row's last, stand there."""
+    wanted, at, first, count = [], [], 0, 0
     for row in rows:
-        wanted.append(np.arange(first if row.prompt_logprobs else first + row.num_tokens - 1, first + row.num_tokens))
-        first += row.num_tokens
-    return np.concatenate(wanted), np.cumsum([len(part) for part in wanted]) - 1
+        num, end = num_logit_rows(row), first + row.num_tokens
+        wanted.append(np.arange(first if row.prompt_logprobs else end - num, end))
+        first, count = end, count + len(wanted[-1])
+        at.append(np.arange(count - num, count))
+    return np.concatenate(wanted), np.concatenate(at)

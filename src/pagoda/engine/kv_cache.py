@@ -51,10 +51,11 @@ class MemoryPlan:
 
 def workspace_bytes(spec: ModelSpec, config: EngineConfig, dtype_bytes: int) -> int:
     """Peak of a step's activations on one rank: the widest tensors of a layer for a full step of tokens, and three
-    float32 copies of the logits (scores, filtered scores, noise) of a full batch."""
+    float32 copies of the logits (scores, filtered scores, noise) of a full batch with its guesses."""
     tokens = max(config.max_prefill_token_num, config.max_batch_size)
+    logit_rows = config.max_batch_size * (1 + config.speculative_ngram)
     width = 4 * spec.hidden_size + 3 * spec.ffn_size + (spec.num_heads * 2 + 2 * spec.num_kv_heads) * spec.head_dim
-    return tokens * width * dtype_bytes // config.tp + 3 * 4 * config.max_batch_size * spec.vocab_size
+    return tokens * width * dtype_bytes // config.tp + 3 * 4 * logit_rows * spec.vocab_size
 
 
 def host_free_bytes() -> int:

@@ -26,13 +26,16 @@ class Histogram(Struct):
 
 
 class Counters(Struct):
-    """Sums since the start; they only grow. Times are in seconds; tokens of the prompt count at each admission."""
+    """Sums since the start; they only grow. Times are in seconds; tokens of the prompt count at each admission;
+    `accepted_tokens` of the `guessed_tokens` were right (speculation)."""
 
     steps: int = 0
     step_tokens: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
     generated_tokens: int = 0
+    guessed_tokens: int = 0
+    accepted_tokens: int = 0
     preemptions: int = 0
     refused: int = 0
     finished: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("stop", "length", "abort", "error"), 0))

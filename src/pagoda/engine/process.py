@@ -217,12 +217,12 @@ class Grammars:
                 matcher.accept(token)
 
     def masks(self, schedule: Schedule) -> np.ndarray | None:
-        """Packed bitmasks beside the sampling rows, where a step needs them; rows without a grammar allow everything.
+        """Packed bitmasks beside the sampling positions, where a step needs them; those without a grammar allow all.
         Must see every schedule: a slot's tenant may arrive in one step and sample in a later one."""
         self._by_slot.update((init.slot, init.id) for init in schedule.inits)
         if not schedule.needs_masks:
             return None
-        slots = [row.slot for row in schedule.rows if row.samples]
+        slots = [row.slot for row in schedule.rows for _ in range(row.samples)]
         mask_LW = np.full((len(slots), -(-self._vocab_size // 32)), -1, np.int32)
         for i, slot in enumerate(slots):
             matcher = self._matchers.get(self._by_slot.get(slot, ""))
@@ -252,6 +252,7 @@ def build_engine(
             num_blocks=plan.num_blocks,
             session_len=plan.session_len,
             prefix_caching=config.enable_prefix_caching,
+            num_guesses=config.speculative_ngram,
             max_queued=config.max_queued_requests or 4 * config.max_batch_size,
             cache_variant=spec.rope.variant,
         ),

@@ -16,6 +16,7 @@ import torch
 from pagoda.config import EngineConfig
 from pagoda.engine.batch import DeviceBatch, MixedShape, MixedStep, packed_size, scored_rows
 from pagoda.engine.graphs import GraphCache, largest_mixed, padded_rows, padded_width
+from pagoda.engine.guessed import GuessedStep, guessed_step, num_logit_rows
 from pagoda.engine.kv_cache import MemoryPlan, host_free_bytes, plan_memory
 from pagoda.engine.request import TokenLogprobs
 from pagoda.engine.sampler import Sampled, SampleFlags, SamplingState, greedy_over_ranks, sample
@@ -75,8 +76,8 @@ class InFlight:
     """A launched step whose tokens may still be on their way to the host."""
 
     sampled: Sampled
-    sampling: list[SlotInit]  # the tenants of the rows that sample
-    places: list[int] | None  # where they stand among the rows of the step; None: they are all of them
+    sampling: list[SlotInit]  # the tenants of the positions that sample
+    places: list[int] | None  # where they stand among the step's logit rows; None: they are all of them
     prompt_rows: list[tuple[Row, torch.Tensor]]
     event: torch.cuda.Event | None
 
@@ -139,23 +140,25 @@ class Runner:
 
     @torch.inference_mode()
     def launch(self, schedule: Schedule, mask_LW: np.ndarray | None = None) -> None:
-        """Enqueue one step. `mask_LW`: packed grammar bitmasks beside the sampling rows (int32, 32 tokens a word)."""
+        """Enqueue one step. `mask_LW`: packed grammar bitmasks beside the sampling positions (int32)."""
         self.batch.apply(schedule)
         if schedule.inits:
             self._inits.update((init.slot, init) for init in schedule.inits)
             self.state.set_slots(schedule.inits)
-        rows = schedule.rows
-        slots = [row.slot for row in rows if row.samples]
-        places = None if len(slots) == len(rows) else [i for i, row in enumerate(rows) if row.samples]
+        rows = at = schedule.rows
+        if any(row.samples > 1 for row in rows):
+            at = [row for row in rows for _ in range(num_logit_rows(row))]
+        slots = [row.slot for row in at if row.samples]
+        places = None if len(slots) == len(at) else [i for i, row in enumerate(at) if row.samples]
         flags = self.state.flags(slots)
         prompt_rows: list[tuple[Row, torch.Tensor]] = []
         if all(row.tokens is None for row in rows) and mask_LW is None:
             sampled = self._launch_decode(rows, slots, flags)
         else:
-            sampled = self._launch_mixed(rows, flags, self._spread(mask_LW, len(rows), places), prompt_rows)
+            sampled = self._launch_mixed(rows, flags, self._spread(mask_LW, len(at), places), prompt_rows)
         event = None
         if self.device.type == "cuda":
-            sampled = sampled.to_host(len(rows))
+            sampled = sampled.to_host(len(at))
             event = torch.cuda.Event()
             event.record()
         self._in_flight.append(InFlight(sampled, [self._inits[slot] for slot in slots], places, prompt_rows, event))
@@ -207,23 +210,29 @@ class Runner:
         return sample(self.executor.forward(step), slot_R, self.state, flags)
 
     def _launch_mixed(
-        self, rows: list[Row], flags: SampleFlags, mask_RW: torch.Tensor | None, prompt_rows: list[tuple[Row, Any]]
+        self, rows: list[Row], flags: SampleFlags, mask_LW: torch.Tensor | None, prompt_rows: list[tuple[Row, Any]]
     ) -> Sampled:
-        """Prompt chunks and decode rows together: a graph where the step is small and its shape has come before."""
-        scores = any(row.prompt_logprobs for row in rows)
-        if self._graphs is not None and mask_RW is None and not scores:
+        """Prompt chunks, decode rows and rows that follow guesses together: a graph where the step is small and its
+        shape has come before, but for guesses and prompts that report log-probabilities."""
+        scored, guessed = any(row.prompt_logprobs for row in rows), any(row.samples > 1 for row in rows)
+        if self._graphs is not None and mask_LW is None and not scored and not guessed:
             padded = self.batch.padded_shape(rows, self._most_mixed)
             if padded is not None and self._graphs[1].takes(key := MixedKey(padded, flags)):
                 return self._graphs[1].run(key, self.batch.pack_mixed(rows, padded))
         shape = self.batch.exact_shape(rows)
         packed = self.batch.upload(self.batch.pack_mixed(rows, shape))
-        if not scores:
-            return self._mixed(packed, MixedKey(shape, flags), mask_RW)
+        if not scored and not guessed:
+            return self._mixed(packed, MixedKey(shape, flags), mask_LW)
         mixed = self.batch.mixed_input(packed, shape)
-        mixed.step.logit_row_L, last_R = (self.batch.upload(at) for at in scored_rows(rows))
+        mixed.step.logit_row_L, at_L = (self.batch.upload(part) for part in scored_rows(rows))
         logits_LV = self.executor.forward(mixed.step)
-        self._prompt_logprobs(rows, logits_LV, prompt_rows)
-        return self._finish_mixed(mixed, logits_LV.index_select(0, last_R), flags, mask_RW)
+        if scored:
+            self._prompt_logprobs(rows, logits_LV, prompt_rows)
+            logits_LV = logits_LV.index_select(0, at_L)
+        if guessed:
+            guesses = guessed_step(rows, self.batch.trash, self.batch.upload)
+            return self._finish_guessed(mixed, guesses, logits_LV, flags, mask_LW)
+        return self._finish_mixed(mixed, logits_LV, flags, mask_LW)
 
     def _blank_mixed(self, key: MixedKey) -> np.ndarray:
         return self.batch.pack_mixed([], key.shape)
@@ -242,8 +251,20 @@ class Runner:
         self.batch.advance(*after, self.state.count_S)
         return sampled
 
+    def _finish_guessed(
+        self, mixed: MixedStep, guesses: GuessedStep, logits_LV: torch.Tensor, flags: SampleFlags,
+        mask_LW: torch.Tensor | None,
+    ) -> Sampled:  # fmt: skip
+        """Sample all logit rows; what stands behind a wrong guess is as if it had never been computed."""
+        sampled = sample(logits_LV, guesses.slot_L, self.state, flags, mask_LW, guesses.ahead_L)
+        right_R, wrong_R, token_R = guesses.accept(sampled.token_R)
+        kv_len_R = mixed.step.kv_len_R - wrong_R.to(torch.int32)
+        self.batch.advance(mixed.slot_R, kv_len_R, mixed.sample_slot_R, token_R, self.state.count_S)
+        self.state.count_S.index_add_(0, mixed.sample_slot_R, right_R)
+        return sampled
+
     def _spread(self, mask_LW: np.ndarray | None, num_rows: int, places: list[int] | None) -> torch.Tensor | None:
-        """The masks of the rows that sample, on the device, beside all rows: the others allow everything."""
+        """The masks of the positions that sample, on the device, beside all logit rows: the others allow everything."""
         if mask_LW is not None and places is not None:
             mask_RW = np.full((num_rows, mask_LW.shape[1]), -1, np.int32)
             mask_RW[places] = mask_LW
@@ -256,7 +277,7 @@ class Runner:
         first = 0
         for row in rows:
             if not row.prompt_logprobs:
-                first += 1
+                first += num_logit_rows(row)
                 continue
             assert row.tokens is not None
             init = self._inits[row.slot]

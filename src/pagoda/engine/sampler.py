@@ -251,25 +251,34 @@ def sample(
     state: SamplingState,
     flags: SampleFlags,
     mask_RW: torch.Tensor | None = None,
+    ahead_R: torch.Tensor | None = None,
 ) -> Sampled:
     """One token for each row, by the parameters of its slot. The caller advances `state.count_S` (`advance_rows`).
 
     `logits_RV`: float32, not changed. `mask_RW`: int32, 32 tokens a word, lowest bit first; a clear bit bans the token,
-    and so does the mask's end. `flags` must cover what the slots need: `state.flags(slots)`.
+    and so does the mask's end. `flags` must cover what the slots need: `state.flags(slots)`. `ahead_R`: a slot may have
+    several rows, each for the token so many after its next one; such a slot has neither penalties nor bad words of
+    several tokens, whose state is not followed from row to row.
     """
     raw_RV = logits_RV
+    count_R = state.count_S.index_select(0, slot_R) if flags.edits or ahead_R is not None else None
+    if ahead_R is not None:
+        count_R = count_R + ahead_R
     if flags.penalties:
         assert state.penalties is not None
         logits_RV = state.penalties.apply(logits_RV, slot_R, state.knob_SK.index_select(0, slot_R))
     if flags.edits:
         assert state.edits is not None
-        logits_RV = state.edits.apply(logits_RV, slot_R, state.count_S.index_select(0, slot_R))
+        logits_RV = state.edits.apply(logits_RV, slot_R, count_R)
     if mask_RW is not None:
         logits_RV = _masked(logits_RV, mask_RW)
     if flags.all_greedy:
         token_R = argmax(logits_RV, state.arrivals_S, state.early_launch)
-    else:
+    elif ahead_R is None:
         token_R = choose_tokens(logits_RV, slot_R, state.knob_SK, state.seed_S, state.count_S, flags.filters)
+    else:  # every row is a slot of its own
+        own = (state.knob_SK.index_select(0, slot_R), state.seed_S.index_select(0, slot_R), count_R)
+        token_R = choose_tokens(logits_RV, torch.arange(len(slot_R), device=slot_R.device), *own, flags.filters)
     if flags.penalties and state.penalties is not None:
         state.penalties.advance(slot_R, token_R)
     if flags.edits and state.edits is not None:

@@ -24,8 +24,10 @@ class SlotInit(Struct):
 class Row(Struct):
     """`num_tokens` positions of one slot, from `start` on, whose keys and values this step computes.
 
-    `tokens` None: one token, the slot's last sampled one, which may still be only on the device. `samples`: the row's
-    last position yields a token. `prompt_logprobs`: the row must report those of the prompt's tokens start+1 ..
+    `tokens` None: one token, the slot's last sampled one, which may still be only on the device. `samples`: so many of
+    the row's last positions yield a token each; more than one where the tokens after the first of them are guesses,
+    and then what follows a wrong guess is void: in the result, in the cache, and for the slot's counters.
+    `prompt_logprobs`: the row must report those of the prompt's tokens start+1 ..
     min(start+num_tokens, num_prompt-1), which its positions predict.
     """
 
@@ -33,7 +35,7 @@ class Row(Struct):
     start: int
     num_tokens: int = 1
     tokens: list[int] | None = None
-    samples: bool = True
+    samples: int = 1
     prompt_logprobs: bool = False
 
 
@@ -51,7 +53,7 @@ class Schedule(Struct):
 
 
 class StepResult(Struct):
-    """What a step yields: `tokens` and `logprobs` (None where not asked) stand beside the rows that sample, in the
+    """What a step yields: `tokens` and `logprobs` (None where not asked) stand beside the positions that sample, in the
     order of `Schedule.rows`; `prompt_logprobs` by slot; `errors` by slot end a request (sentence for the client)."""
 
     tokens: list[int]

@@ -3,25 +3,26 @@
 import time
 from bisect import insort
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
 from heapq import heappop, heappush
-from typing import NamedTuple
 
 from msgspec import Struct
 
 from pagoda.engine.blocks import BlockPool
+from pagoda.engine.lookup import Lookup, may_guess
 from pagoda.engine.metrics import Counters, EngineStats
 from pagoda.engine.prefix import PrefixCache
-from pagoda.engine.request import EngineRequest, FinishReason, Output, TokenLogprobs, check_sizes
+from pagoda.engine.request import EngineRequest, FinishReason, Output, check_sizes
 from pagoda.engine.schedule import Row, Schedule, SlotInit, StepResult
+from pagoda.engine.sequence import Launched, Sequence
 from pagoda.engine.sessions import Sessions
 from pagoda.errors import OverloadedError, PagodaError, PromptTooLongError, RequestError
 
 
 class SchedulerConfig(Struct, frozen=True):
-    """Limits. `num_blocks` counts block 0, which is scratch and never handed out. `cache_variant(prompt_len)` names
-    the rope variant: requests of different variants share no blocks."""
+    """Limits. `num_blocks` counts block 0, which is scratch and never handed out. `num_guesses`: most tokens guessed a
+    step for one request, 0 for none. `cache_variant(prompt_len)` names the rope variant: requests of different variants
+    share no blocks."""
 
     max_batch_size: int
     max_step_tokens: int
@@ -30,44 +31,8 @@ class SchedulerConfig(Struct, frozen=True):
     session_len: int
     prefix_caching: bool = True
     max_queued: int = 256
+    num_guesses: int = 0
     cache_variant: Callable[[int], int] = lambda _: 0
-
-
-@dataclass(eq=False)
-class Sequence:
-    """A live request: waiting (slot -1) or running. `tokens` is the prompt with its session's history, then what was
-    generated and digested; `num_computed` positions and `pending` sampled tokens are launched, digested or not."""
-
-    request: EngineRequest
-    order: tuple[int, int]  # priority, then arrival: the smallest runs first, the largest is preempted first
-    tokens: list[int]
-    num_prompt: int
-    limit: int  # most tokens, the prompt included
-    root: bytes  # of the names of its blocks
-    names: list[bytes] = field(default_factory=list)
-    blocks: list[int] = field(default_factory=list)
-    slot: int = -1
-    num_computed: int = 0
-    num_named: int = 0  # blocks of the table that the prefix cache was told of
-    pending: int = 0
-    sampled: bool = False  # the slot's last token lies on the device: from now on one token a step
-    epoch: int = 0  # rows launched in an earlier epoch are void
-    num_cached: int | None = None  # at the first admission
-    prompt_logprobs: list[TokenLogprobs | None] | None = None
-    last_output: float = 0.0
-
-    @property
-    def scores_prompt(self) -> bool:
-        """Log-probabilities of the prompt are still owed."""
-        return self.request.params.prompt_logprobs is not None and len(self.tokens) == self.num_prompt
-
-
-class Launched(NamedTuple):
-    seq: Sequence
-    epoch: int
-    slot: int
-    end: int  # positions computed after the row
-    samples: bool
 
 
 class Scheduler:
@@ -142,6 +107,7 @@ class Scheduler:
         root = self.cache.root(request.salt, self.config.cache_variant(len(tokens)))
         self._num_added += 1
         seq = Sequence(request, (request.priority, self._num_added), tokens, len(tokens), limit, root)
+        seq.lookup = Lookup() if self.config.num_guesses and may_guess(params) else None
         self._live[request.id] = seq
         insort(self._waiting, seq, key=_order)
 
@@ -184,9 +150,12 @@ class Scheduler:
         compute until a result is digested or a request arrives."""
         plan, launched, budget = Schedule(self._num_steps, []), [], self.config.max_step_tokens
         num_preemptions = self.counters.preemptions
+        ready: list[Sequence] = []
         for seq in list(self._running):
-            if budget and self._may_decode(seq) and self._grow(seq, plan):
-                budget -= self._launch(seq, 1, plan, launched)
+            if len(ready) < budget and self._may_decode(seq) and self._grow(seq, plan):
+                ready.append(seq)
+        for seq, guesses in self._with_guesses(ready, budget - len(ready), plan):
+            budget -= self._launch(seq, 1, plan, launched, guesses)
         for seq in list(self._running):
             if budget and not seq.sampled:
                 budget -= self._launch(seq, min(budget, len(seq.tokens) - seq.num_computed), plan, launched)
@@ -212,43 +181,62 @@ class Scheduler:
                 output = self._advance(row, result, at, now)
                 if output is not None:
                     outputs.append(output)
-        assert sampled == len(result.tokens), "one token for each row that samples"
+        assert sampled == len(result.tokens), "one token for each position that samples"
         return outputs
 
     def stats(self) -> EngineStats:
-        pool = self.pool
-        return EngineStats(
-            self.num_running,
-            self.num_waiting,
-            len(self.sessions),
-            pool.num_blocks,
-            pool.num_blocks - pool.num_free,
-            len(self.cache),
-            self.counters,
-        )
+        pool, queue = self.pool, (self.num_running, self.num_waiting)
+        used = pool.num_blocks - pool.num_free
+        return EngineStats(*queue, len(self.sessions), pool.num_blocks, used, len(self.cache), self.counters)
 
     # ---- parts of a step ---------------------------------------------------------------------------------------
 
     def _may_decode(self, seq: Sequence) -> bool:
         """It has a last token on the device, room for one more, and was not preempted in this very step. A grammar
-        must have seen every token."""
+        and who guesses must have seen every token."""
         room = len(seq.tokens) + seq.pending < seq.limit
-        return seq.sampled and room and not (seq.pending and seq.request.params.grammar is not None)
+        watched = seq.lookup is not None or seq.request.params.grammar is not None
+        return seq.sampled and room and not (seq.pending and watched)
 
     def _grow(self, seq: Sequence, plan: Schedule) -> bool:
         """A block for the next position. If none is free the youngest are preempted; False: it was itself the one."""
-        index = seq.num_computed // self.config.block_len
-        while index >= len(seq.blocks):
-            blocks = self.pool.allocate(1)
-            if blocks is not None:
-                plan.block_updates.append((seq.slot, index, blocks[0]))
-                seq.blocks += blocks
+        while seq.num_computed >= len(seq.blocks) * self.config.block_len:
+            if self._extend(seq, plan):
                 continue
             victim = self._running[-1]
             self._preempt(victim)
             if victim is seq:
                 return False
         return True
+
+    def _extend(self, seq: Sequence, plan: Schedule) -> bool:
+        """One more block, if one is free."""
+        blocks = self.pool.allocate(1)
+        if blocks is None:
+            return False
+        plan.block_updates.append((seq.slot, len(seq.blocks), blocks[0]))
+        seq.blocks += blocks
+        return True
+
+    def _with_guesses(self, ready: list[Sequence], spare: int, plan: Schedule) -> list[tuple[Sequence, list[int]]]:
+        """Those that decode, each with the tokens that are guessed to follow its last one, `spare` of them in all;
+        those without guesses first."""
+        pairs = []
+        for seq in ready:
+            guesses = self._guess(seq, spare, plan) if seq.lookup is not None else []
+            spare -= len(guesses)
+            pairs.append((seq, guesses))
+        return sorted(pairs, key=lambda pair: len(pair[1]) > 0)
+
+    def _guess(self, seq: Sequence, most: int, plan: Schedule) -> list[int]:
+        """As many as there is room for: in the request, and in free blocks, for nobody is preempted for a guess."""
+        assert seq.lookup is not None and not seq.pending
+        most = min(most, self.config.num_guesses, seq.limit - len(seq.tokens) - 1)
+        guesses = seq.lookup.guess(seq.tokens, most) if most > 0 else []
+        while seq.num_computed + len(guesses) >= len(seq.blocks) * self.config.block_len:
+            if not self._extend(seq, plan):
+                return guesses[: len(seq.blocks) * self.config.block_len - seq.num_computed - 1]
+        return guesses
 
     def _admit(self, plan: Schedule) -> Sequence | None:
         """The first waiting request gets a slot, the cached blocks of its beginning and new ones for all of its
@@ -276,49 +264,72 @@ class Scheduler:
         plan.block_updates += [(seq.slot, i, block) for i, block in enumerate(seq.blocks)]
         return seq
 
-    def _launch(self, seq: Sequence, num_tokens: int, plan: Schedule, launched: list[Launched]) -> int:
-        start, end = seq.num_computed, seq.num_computed + num_tokens
+    def _launch(
+        self, seq: Sequence, num_tokens: int, plan: Schedule, launched: list[Launched], guesses: Iterable[int] = ()
+    ) -> int:
+        """A row of the next `num_tokens` tokens and, after a last sampled one, of `guesses`; the tokens it costs."""
+        guesses, start, end = list(guesses), seq.num_computed, seq.num_computed + num_tokens
         tokens = None if seq.sampled else seq.tokens[start:end]
-        samples = seq.sampled or end == len(seq.tokens)
+        if guesses:
+            tokens, end = seq.tokens[start:] + guesses, end + len(guesses)
+        samples = len(guesses) + 1 if seq.sampled or end == len(seq.tokens) else 0
         scores = seq.scores_prompt and not seq.sampled and start < seq.num_prompt - 1
-        plan.rows.append(Row(seq.slot, start, num_tokens, tokens, samples, scores))
-        plan.needs_masks |= samples and seq.request.params.grammar is not None
-        launched.append(Launched(seq, seq.epoch, seq.slot, end, samples))
+        plan.rows.append(Row(seq.slot, start, end - start, tokens, samples, scores))
+        plan.needs_masks |= samples > 0 and seq.request.params.grammar is not None
+        launched.append(Launched(seq, seq.epoch, seq.slot, end, samples, guesses))
         seq.num_computed = end
         seq.pending += samples
-        seq.sampled = samples
-        return num_tokens
+        seq.sampled = samples > 0
+        return end - start
 
     def _advance(self, row: Launched, result: StepResult, at: int, now: float) -> Output | None:
         """What one row's result means for its request."""
-        seq, params = row.seq, row.seq.request.params
-        output = Output(seq.request.id)
+        seq, output = row.seq, Output(row.seq.request.id)
         if row.slot in result.errors:
             output.error = result.errors[row.slot]
             return self._finish(seq, output, "error")
         if seq.scores_prompt:
             seq.prompt_logprobs = (seq.prompt_logprobs or [None]) + result.prompt_logprobs.get(row.slot, [])
-        if self.config.prefix_caching:
-            for i in range(seq.num_named, row.end // self.config.block_len):
-                self.cache.put(seq.blocks[i], i, seq.names, seq.root, seq.tokens)
-                seq.num_named = i + 1
         if not row.samples:
+            self._name_blocks(seq, row.end)
             return None
-        seq.pending -= 1
+        seq.pending -= row.samples
         if len(seq.tokens) == seq.num_prompt:
             output.num_prompt_tokens, output.num_cached_tokens = seq.num_prompt, seq.num_cached or 0
             output.prompt_logprobs = seq.prompt_logprobs
+        reason, right = None, 0
+        while True:
+            reason = self._take(seq, output, result, at + right, now)
+            if reason is not None or right == len(row.guesses) or row.guesses[right] != result.tokens[at + right]:
+                break
+            right += 1
+        wrong = len(row.guesses) - right
+        self._name_blocks(seq, row.end - wrong)
+        seq.num_computed -= wrong
+        self.counters.guessed_tokens += len(row.guesses)
+        self.counters.accepted_tokens += right
+        return output if reason is None else self._finish(seq, output, reason, len(seq.tokens))
+
+    def _take(self, seq: Sequence, output: Output, result: StepResult, at: int, now: float) -> FinishReason | None:
+        """The next token of a request; why it ends, if it does."""
+        params, token = seq.request.params, result.tokens[at]
         self._count_token(seq, now)
-        token = result.tokens[at]
         if token in params.stop_ids and len(seq.tokens) - seq.num_prompt >= params.min_tokens:
             output.stop_id = token
-            return self._finish(seq, output, "stop", len(seq.tokens))
+            return "stop"
         seq.tokens.append(token)
-        output.token_ids = [token]
+        output.token_ids.append(token)
         logprobs = result.logprobs[at] if result.logprobs is not None else None
         if params.logprobs is not None and logprobs is not None:
-            output.logprobs = [logprobs]
-        return self._finish(seq, output, "length", len(seq.tokens)) if len(seq.tokens) == seq.limit else output
+            output.logprobs = [*(output.logprobs or ()), logprobs]
+        return "length" if len(seq.tokens) == seq.limit else None
+
+    def _name_blocks(self, seq: Sequence, end: int) -> None:
+        """The prefix cache may find the blocks that are full of known tokens: those before position `end`."""
+        if self.config.prefix_caching:
+            for i in range(seq.num_named, end // self.config.block_len):
+                self.cache.put(seq.blocks[i], i, seq.names, seq.root, seq.tokens)
+                seq.num_named = i + 1
 
     # ---- ends --------------------------------------------------------------------------------------------------
 
