@@ -21,7 +21,7 @@ from pagoda.models.limits import CEILINGS, Limits, ceiling_of
 from pagoda.models.spec import read_spec
 
 HERE = Path(__file__).parent
-SHAPES = {"A": "llama-3.1-8b", "B": "qwen3-0.6b"}
+SHAPES = {"A": "llama-3.1-8b", "B": "qwen3-0.6b", "C": "llama-3.1-70b"}
 
 
 def ask(engine: EngineClient, jobs: list[tuple[list[int], int]]) -> tuple[float, list[list[float]]]:
