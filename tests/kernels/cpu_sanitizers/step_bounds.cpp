@@ -1,5 +1,6 @@
 // Whole steps of small models of every weight and cache format, for the address and undefined behaviour sanitizers:
-// every buffer is its own allocation of exactly the documented size.
+// every buffer is its own allocation of exactly the documented size. With an argument it prints the logits too, a line
+// for each pair of formats, to compare one machine with another.
 #include <cstdio>
 #include <memory>
 #include <random>
@@ -50,7 +51,7 @@ struct Memory {  // owns what the tables point to; 64 bytes aligned, nothing to 
   }
 };
 
-static int run(int kind, int cache_kind, int threads, bool extras) {
+static int run(int kind, int cache_kind, int threads, bool extras, bool print) {
   const int hidden = 40, ffn = 52, vocab = 35, heads = 6, kv = 2, dim = 24, width = 32, blocks = 48, layers = 2, len = 32;
   Memory mem;
   std::vector<Layer> layer(layers);
@@ -100,15 +101,20 @@ static int run(int kind, int cache_kind, int threads, bool extras) {
     s.logits = args.make<float>(2 * vocab);
     bad += pagoda_step(context, &m, &s) != 0;
     for (int i = 0; i < 2 * vocab; i++) bad += !std::isfinite(s.logits[i]);
+    for (int i = 0; print && i < 2 * vocab; i++) printf("%.9g ", s.logits[i]);
   }
   pagoda_context_free(context);
   return bad;
 }
 
-int main() {
+int main(int argc, char**) {
   int bad = 0;
   for (int kind : {F32, F16, BF16, W8, W4})
-    for (int cache : {F32, F16, BF16, I8}) bad += run(kind, cache, kind % 2 + 1, cache % 2);
+    for (int cache : {F32, F16, BF16, I8}) {
+      if (argc > 1) printf("%d %d: ", kind, cache);
+      bad += run(kind, cache, kind % 2 + 1, cache % 2, argc > 1);
+      if (argc > 1) printf("\n");
+    }
   printf("%d wrong\n", bad);
   return bad != 0;
 }

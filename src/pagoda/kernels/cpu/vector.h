@@ -19,7 +19,11 @@ constexpr int PART = 8;
 constexpr int PART = 4;
 #endif
 constexpr int PARTS = 16 / PART;
-constexpr int MAX_ROWS = PART == 16 ? 8 : PART == 8 ? 4 : 2;  // activation rows that one register tile holds
+#if defined(__aarch64__)
+constexpr int MAX_ROWS = 4;  // activation rows that one register tile holds: 16 of 32 registers
+#else
+constexpr int MAX_ROWS = PART == 16 ? 8 : PART == 8 ? 4 : 2;
+#endif
 #if defined(__AVX512BF16__)
 constexpr bool BF16_DOT = true;
 #else
@@ -56,6 +60,8 @@ static inline F fma(F a, F b, F c) {  // a * b + c, rounded once where the machi
   EACH r.p[i] = (fpart)_mm512_fmadd_ps((__m512)a.p[i], (__m512)b.p[i], (__m512)c.p[i]);
 #elif defined(__FMA__)
   EACH r.p[i] = (fpart)_mm256_fmadd_ps((__m256)a.p[i], (__m256)b.p[i], (__m256)c.p[i]);
+#elif defined(__aarch64__)
+  EACH r.p[i] = (fpart)vfmaq_f32((float32x4_t)c.p[i], (float32x4_t)a.p[i], (float32x4_t)b.p[i]);
 #else
   EACH r.p[i] = a.p[i] * b.p[i] + c.p[i];
 #endif
@@ -165,6 +171,10 @@ static inline F load_f16(const uint16_t* p) {
 #elif defined(__F16C__)
   return {{(fpart)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)),
            (fpart)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8)))}};
+#elif defined(__aarch64__)
+  F r;
+  for (int i = 0; i < PARTS; i++) r.p[i] = (fpart)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p + 4 * i)));
+  return r;
 #else
   float v[16];
   for (int i = 0; i < 16; i++) v[i] = f16_float(p[i]);
