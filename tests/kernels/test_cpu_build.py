@@ -39,6 +39,15 @@ def test_it_compiles_once_and_again_when_the_source_changes(empty_cache, small_s
     assert len(list(first.parent.iterdir())) == 2
 
 
+def test_a_wheel_brings_what_it_needs(empty_cache, small_source, monkeypatch):
+    made = building.prebuild()
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert build("portable") in made and build(usable_variants()[0]) in made
+    small_source.write_text('extern "C" int pagoda_one() { return 2; }\n')
+    with pytest.raises(BuildError):
+        build("portable")  # what lies there is of another source
+
+
 def test_a_broken_source_is_one_line_and_leaves_nothing(empty_cache, small_source):
     small_source.write_text("int broken( {\n")
     with pytest.raises(BuildError, match="could not compile") as caught:

@@ -1,4 +1,4 @@
-"""Compiles the C++ step once per machine and source, and keeps it in the user's cache folder.
+"""Compiles the C++ step once per machine and source, and keeps it in the user's cache folder; a wheel may bring it.
 
 One source, several variants: the compiler is told which vectors the machine has, and the source follows.
 """
@@ -15,6 +15,7 @@ from pathlib import Path
 
 from pagoda.errors import PagodaError
 
+PREBUILT = "prebuilt"  # folder of the package: libraries that a wheel carries
 SOURCES = ("vector.h", "barrier.h", "linear.h", "attention.h", "step.h", "step.cpp")
 # -ffp-contract=off: which products are fused with sums is written in the source, so that results do not depend on how
 # many tokens or rows a template handles.
@@ -67,19 +68,29 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pagoda" / "cpu"
 
 
-def build(variant: str | None = None, extra: tuple[str, ...] = ()) -> Path:
-    """The compiled library of `variant` (default: the best that this CPU runs), compiled now if it is not in the cache;
-    a line on stderr tells the user what takes so long. `extra`: more compiler flags (sanitizers). Raises BuildError.
-    Two processes may build at once: each writes its own file and moves it into place."""
-    variant = variant or usable_variants()[0]
-    compiler = os.environ.get("CXX") or "g++"
-    sources = Path(__file__).parent
-    digest = hashlib.sha256(repr((compiler, FLAGS, VARIANTS[variant], extra)).encode())
+def library_name(variant: str, extra: tuple[str, ...] = ()) -> str:
+    """The file that `build` makes: it names the source and the flags, so that another source is another file."""
+    digest = hashlib.sha256(repr((FLAGS, VARIANTS[variant], extra)).encode())
     for name in SOURCES:
-        digest.update((sources / name).read_bytes())
-    target = cache_folder() / f"step-{variant}-{platform.machine()}-{digest.hexdigest()[:16]}.so"
-    if target.exists():
-        return target
+        digest.update((Path(__file__).parent / name).read_bytes())
+    return f"step-{variant}-{platform.machine()}-{digest.hexdigest()[:16]}.so"
+
+
+def build(variant: str | None = None, extra: tuple[str, ...] = ()) -> Path:
+    """The compiled library of `variant` (default: the best that this CPU runs): the wheel's, else the cache's, else
+    compiled now, with a line on stderr that tells what takes so long. `extra`: more compiler flags (sanitizers). Raises
+    BuildError."""
+    variant = variant or usable_variants()[0]
+    name = library_name(variant, extra)
+    for folder in (Path(__file__).parent / PREBUILT, cache_folder()):
+        if (folder / name).exists():
+            return folder / name
+    return _compile(cache_folder() / name, variant, extra)
+
+
+def _compile(target: Path, variant: str, extra: tuple[str, ...] = ()) -> Path:
+    """Two processes may compile at once: each writes its own file and moves it into place."""
+    compiler = os.environ.get("CXX") or "g++"
     if shutil.which(compiler) is None:
         raise BuildError(f"no C++ compiler ({compiler}) was found")
     try:
@@ -89,8 +100,9 @@ def build(variant: str | None = None, extra: tuple[str, ...] = ()) -> Path:
         raise BuildError(f"the cache folder {target.parent} cannot be written ({e.strerror})") from None
     os.close(handle)
     print("compiling the CPU kernels for this machine, once: about 10 s", file=sys.stderr, flush=True)
+    source = Path(__file__).parent / "step.cpp"
     try:
-        command = [compiler, *FLAGS, *VARIANTS[variant].values(), *extra, str(sources / "step.cpp"), "-o", name]
+        command = [compiler, *FLAGS, *VARIANTS[variant].values(), *extra, str(source), "-o", name]
         done = subprocess.run(command, capture_output=True, text=True, timeout=600)
         if done.returncode != 0:
             lines = [line for line in done.stderr.splitlines() if "error" in line] or ["unknown error"]
@@ -104,6 +116,13 @@ def build(variant: str | None = None, extra: tuple[str, ...] = ()) -> Path:
     return target
 
 
+def prebuild() -> list[Path]:
+    """Compile every variant of this machine's architecture into the package, for a wheel (see docs/performance.md)."""
+    arm = platform.machine() in ("aarch64", "arm64")
+    names = [name for name in VARIANTS if name == "portable" or (name == "neondot") == arm]
+    return [_compile(Path(__file__).parent / PREBUILT / library_name(name), name) for name in names]
+
+
 def load(variant: str | None = None) -> ctypes.CDLL:
     """The library, ready to call. It links the same OpenMP runtime that torch has loaded: one pool of threads."""
     path = build(variant)
@@ -111,3 +130,7 @@ def load(variant: str | None = None) -> ctypes.CDLL:
         return ctypes.CDLL(str(path))
     except OSError as e:
         raise BuildError(f"the compiled C++ step cannot be loaded ({e})") from None
+
+
+if __name__ == "__main__":
+    print(*prebuild(), sep="\n")
