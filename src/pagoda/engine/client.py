@@ -366,7 +366,7 @@ def start_engine(
     `inline`: a thread of this process; else a process of its own, which ends with this one. Raises the `PagodaError`
     that the start raised.
     """
-    if inline and num_ranks(model, config) == 1:
+    if inline and config.executor == "local" and num_ranks(model, config) == 1:
         return EngineClient(InlineTransport(model, config, progress))
     return EngineClient(spawn_engine(model, config))
 

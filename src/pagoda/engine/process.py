@@ -23,6 +23,7 @@ from pagoda.config import EngineConfig
 from pagoda.engine import wire
 from pagoda.engine.params import id_list, read_generation_defaults
 from pagoda.engine.ranks import LocalRanks
+from pagoda.engine.ray_ranks import RayRanks
 from pagoda.engine.request import EngineRequest, Output
 from pagoda.engine.runner import Runner
 from pagoda.engine.schedule import Schedule
@@ -278,6 +279,8 @@ def start_workers(
     folder: Path, spec: Any, config: EngineConfig, progress: Any = None, last_words: Any = None
 ) -> Workers:
     """The ranks that `config` asks for."""
+    if config.executor == "ray":
+        return RayRanks(folder, spec, config, progress)
     if config.tp > 1:
         return LocalRanks(folder, spec, config, progress, last_words)
     return OwnWorker(Runner(folder, spec, config, Group.single(), progress))

@@ -92,9 +92,10 @@ class Runner:
         config: EngineConfig,
         group: Group,
         progress: Callable[[float], None] | None = None,
+        device: torch.device | None = None,
     ):
         self.spec, self.config, self.group = spec, config, group
-        self.device = pick_device(config, group.rank)
+        self.device = device or pick_device(config, group.rank)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         elif config.num_threads is not None:
