@@ -15,7 +15,7 @@ from pagoda.cli.main import VERBS, find_verb
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.M | re.S)
-COMING = {"serve", "quantize", "lite", "ui", "plan"}  # told of by the README before they are there
+COMING = {"serve", "ui", "plan"}  # told of by the README before they are there
 PLACEHOLDERS = {"N": "1", "BOOL": "True", "KIND": "none"}
 
 
