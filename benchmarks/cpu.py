@@ -4,7 +4,8 @@
 
 Prints one JSON line a workload: medians of both, their ratio and the range over the rounds. Workloads: decode of 1, 4,
 8 and 16 streams (prompts of 16 tokens) and prefill of 512 tokens. Pagoda's figures go through the whole engine
-(scheduler, runner, sampler; greedy), llama.cpp's are the bare model step. `--peer` may be left out.
+(scheduler, runner, sampler; greedy), llama.cpp's are the bare model step. `--peer` may be left out. With `--tokenizer`
+(any folder with a tokenizer.json) decode is measured through `pagoda serve` too, in turns with the engine alone.
 """
 
 import argparse
@@ -12,19 +13,27 @@ import asyncio
 import json
 import os
 import random
+import shutil
+import socket
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
+from pagoda.cli.bench_targets import HttpTarget, drive, must_succeed
+from pagoda.cli.bench_traffic import random_jobs
 from pagoda.config import EngineConfig
 from pagoda.engine.client import EngineClient, start_engine
 from pagoda.engine.request import EngineRequest, SamplingParams
 from pagoda.kernels.cpu.threads import default_threads
 
 HERE = Path(__file__).parent
+Ask = Callable[..., float]  # (what, its arguments) -> tokens a second
 WORKLOADS = {  # name -> (what, its arguments)
     "decode 1": ("decode", 1, 48), "decode 4": ("decode", 4, 24), "decode 8": ("decode", 8, 24),
     "decode 16": ("decode", 16, 24), "prefill 512": ("prefill", 512),
@@ -52,6 +61,9 @@ class Ours:
             return [time.perf_counter() - started async for output in ticket for _ in output.token_ids]
 
         return await asyncio.gather(*(one(*job) for job in jobs))
+
+    def ask(self, what: str, *numbers: int) -> float:
+        return {"decode": self.decode, "prefill": self.prefill}[what](*numbers)
 
     def decode(self, batch: int, tokens: int) -> float:
         """Tokens a second of all streams together, from the step after the last prompt."""
@@ -84,15 +96,56 @@ class Peer:
         return float(self._line())
 
 
-def measure(
-    ask: Callable[..., float], peer: Peer | None, rounds: int, *work: object
-) -> tuple[list[float], list[float]]:
+class Served:
+    """`pagoda serve` in a process of its own, with the same engine; asked over HTTP, token ids in, text out."""
+
+    def __init__(self, shape: str, tokenizer: Path, config: EngineConfig, folder: Path):
+        model = folder / f"{shape}-served"
+        shutil.copytree(tokenizer, model, dirs_exist_ok=True)
+        shutil.copy(HERE / "shapes" / shape / "config.json", model)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        changed = {f.name: getattr(config, f.name) for f in fields(config) if getattr(config, f.name) != f.default}
+        flags = [word for name, value in changed.items() for word in (f"--{name}", str(value))]
+        command = [sys.executable, "-m", "pagoda.cli.main", "serve", model, "--server-port", str(port)]
+        command += ["--log-level", "warning", *flags]
+        self.process = subprocess.Popen(command)
+        self.rng, self.target = random.Random(0), HttpTarget(f"http://127.0.0.1:{port}")
+        while not self._ready(port):
+            assert self.process.poll() is None, "the server ended"
+            time.sleep(0.2)
+
+    def _ready(self, port: int) -> bool:
+        try:
+            return urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=5).status == 200
+        except OSError:
+            return False
+
+    def ask(self, what: str, batch: int, tokens: int) -> float:
+        assert what == "decode"
+        jobs = random_jobs(self.rng, batch, (16, 16), (tokens + 1, tokens + 1), 10000)
+        return must_succeed(drive(self.target, jobs)).decode_rate
+
+
+def measure(ask: Ask, other: Ask | None, rounds: int, *work: object) -> tuple[list[float], list[float]]:
     """`rounds` answers of each, one after the other, after one of each that is not counted."""
     ours, theirs = [], []
     for _ in range(rounds + 1):
-        theirs.append(peer.ask(*work) if peer else 0.0)  # type: ignore[arg-type]
+        theirs.append(other(*work) if other else 0.0)
         ours.append(ask(*work))
     return ours[1:], theirs[1:]
+
+
+def say(name: str, mine: list[float], theirs: list[float], beside: str | None, facts: dict[str, object]) -> None:
+    """One JSON line. `beside`: what `theirs` is, None where there is no other."""
+    line = {"workload": name, "value": statistics.median(mine), "unit": "tok/s", "range": [min(mine), max(mine)]}
+    if beside:
+        line |= {beside: statistics.median(theirs), f"{beside}_range": [min(theirs), max(theirs)]}
+        line["ratio"] = statistics.median(a / b for a, b in zip(mine, theirs, strict=True))
+    line |= facts | {"load": os.getloadavg()[0]}
+    rounded = {k: [round(x, 2) for x in v] if isinstance(v, list) else v for k, v in line.items()}
+    print(json.dumps({k: round(v, 2) if isinstance(v, float) else v for k, v in rounded.items()}), flush=True)
 
 
 def main() -> None:
@@ -103,6 +156,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workloads", default=",".join(WORKLOADS))
     parser.add_argument("--peer", help="a Python that has llama-cpp-python and gguf")
+    parser.add_argument("--tokenizer", type=Path, help="a folder with tokenizer.json: measure decode over HTTP too")
     parser.add_argument("--models", type=Path, default=Path(tempfile.gettempdir()), help="folder for GGUF files")
     args = parser.parse_args()
     peer = Peer(args.peer, args.shape, args.format, args.threads, args.models) if args.peer else None
@@ -112,25 +166,21 @@ def main() -> None:
         max_prefill_token_num=512, enable_prefix_caching=False,
     )  # fmt: skip
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE).stdout
-    with start_engine(HERE / "shapes" / args.shape, config) as engine:
-        print("\n".join(engine.info.report), flush=True)
-        ours = Ours(engine)
-        for name in args.workloads.split(","):
-            what, *numbers = WORKLOADS[name]
-            mine, theirs = measure(lambda what, *n: getattr(ours, what)(*n), peer, args.rounds, what, *numbers)
-            line = {
-                "workload": name,
-                "value": statistics.median(mine),
-                "unit": "tok/s",
-                "range": [min(mine), max(mine)],
-            }
-            if peer:
-                line |= {"peer": statistics.median(theirs), "peer_range": [min(theirs), max(theirs)]}
-                line["ratio"] = statistics.median(a / b for a, b in zip(mine, theirs, strict=True))
-            line |= {"shape": args.shape, "format": args.format, "threads": args.threads, "commit": commit.strip()}
-            line["load"] = os.getloadavg()[0]
-            rounded = {k: [round(x, 2) for x in v] if isinstance(v, list) else v for k, v in line.items()}
-            print(json.dumps({k: round(v, 2) if isinstance(v, float) else v for k, v in rounded.items()}), flush=True)
+    facts = {"shape": args.shape, "format": args.format, "threads": args.threads, "commit": commit.strip()}
+    served = Served(args.shape, args.tokenizer, config, args.models) if args.tokenizer else None
+    try:
+        with start_engine(HERE / "shapes" / args.shape, config) as engine:
+            print("\n".join(engine.info.report), flush=True)
+            ours = Ours(engine)
+            for name in args.workloads.split(","):
+                work = WORKLOADS[name]
+                say(name, *measure(ours.ask, peer and peer.ask, args.rounds, *work), peer and "peer", facts)
+                if served and work[0] == "decode":
+                    say(f"{name} over HTTP", *measure(served.ask, ours.ask, args.rounds, *work), "engine", facts)
+    finally:
+        if served:
+            served.process.terminate()
+            served.process.wait()
 
 
 if __name__ == "__main__":
