@@ -102,8 +102,14 @@ def test_the_head_of_a_step_equals_its_references(rows):
 
 
 def engine(**knobs) -> EngineClient:
-    config = {"device": "cuda", "dtype": "float32", "max_batch_size": 6, "session_len": 512, **knobs}
-    return start_engine("mini", EngineConfig(**config, enable_prefix_caching=False))
+    config = {
+        "device": "cuda",
+        "dtype": "float32",
+        "max_batch_size": 6,
+        "session_len": 512,
+        "cache_max_entry_count": 200,
+    }
+    return start_engine("mini", EngineConfig(**config, **knobs, enable_prefix_caching=False))
 
 
 def generate(client: EngineClient, prompts: list[list[int]], params: SamplingParams) -> list[list[int]]:

@@ -28,7 +28,7 @@ def library_takes(q_THD: Tensor, cache: LayerCache, window: int, softcap: float)
         and cache.scheme == "none"
         and cache.k.dtype == q_THD.dtype
         and q_THD.dtype in (torch.bfloat16, torch.float16)
-        and cache.head_dim in (64, 128)
+        and cache.head_dim == 128
         and not window
         and not softcap
     )
