@@ -1,61 +1,30 @@
 """`pagoda serve` as processes: the literal command line, the engine's death, draining."""
 
-import contextlib
 import json
 import os
+import random
 import re
 import signal
+import ssl
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import anyio
 import httpx
 import pytest
-
-LINE = "serve api_server mini --server_name 127.0.0.1 --server_port 0 --instance_num 8 --tp 1 --session_len 1024"
-
-
-def children(pid: int, module: str) -> list[int]:
-    """Process ids of a process's children that run `python -m module`."""
-    pids = [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    return [p for p in pids if module.encode() in Path(f"/proc/{p}/cmdline").read_bytes()]
-
-
-class Server:
-    def __init__(self, *flags: str):
-        command = [sys.executable, "-m", "pagoda.cli.main", *LINE.split(), "--num_threads", "1", *flags]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        self.report = ""
-        while not (found := re.search(r"serving at (\S+)", self.report)):
-            line = self.process.stdout.readline()
-            assert line, self.process.stderr.read()
-            self.report += line
-        self.http = httpx.Client(base_url=found[1], timeout=30)
-        self.until("ready", 200)
-
-    def until(self, route: str, status: int, seconds: float = 30.0) -> float:
-        """Seconds until a route answers with a status."""
-        started = time.monotonic()
-        while time.monotonic() - started < seconds:
-            with contextlib.suppress(httpx.TransportError):
-                if self.http.get(f"/{route}").status_code == status:
-                    return time.monotonic() - started
-        raise AssertionError(f"/{route} did not become {status} within {seconds} s")
-
-    def end(self) -> tuple[int, str]:
-        self.process.send_signal(signal.SIGTERM)
-        _, errors = self.process.communicate(timeout=30)
-        return self.process.returncode, errors
+from processes import Server, children
 
 
 @pytest.fixture
 def start() -> Iterator[type[Server]]:
     started: list[Server] = []
 
-    def make(*flags: str) -> Server:
-        started.append(Server(*flags))
+    def make(*flags: str, verify: bool = True) -> Server:
+        started.append(Server(*flags, verify=verify))
         return started[-1]
 
     yield make  # type: ignore[misc]
@@ -129,3 +98,113 @@ def test_mistakes_are_one_sentence(words: str, about: str) -> None:
         [sys.executable, "-m", "pagoda.cli.main", *words.split()], capture_output=True, text=True, timeout=60
     )
     assert made.returncode == 2 and about in made.stderr and made.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_an_engine_that_stands_still_is_told(start) -> None:
+    server = start()
+    engine = children(server.process.pid, "pagoda.engine.process")[0]
+    os.kill(engine, signal.SIGSTOP)
+    try:
+        assert server.until("health", 503, 8.0) < 7.0
+    finally:
+        os.kill(engine, signal.SIGCONT)
+    server.until("health", 200, 8.0)
+    assert server.http.post("/v1/completions", json={"prompt": "a", "max_tokens": 2}).status_code == 200
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_is_replaced(start) -> None:
+    server = start()
+    os.kill(children(server.process.pid, "pagoda.serve.worker")[0], signal.SIGKILL)
+    server.until("ready", 200)
+    assert server.http.post("/v1/completions", json={"prompt": "a", "max_tokens": 2}).status_code == 200
+
+
+@pytest.mark.slow
+def test_tls(start, tmp_path: Path) -> None:
+    cert, secret = str(tmp_path / "cert.pem"), str(tmp_path / "key.pem")
+    names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
+    subprocess.run(
+        [
+            "openssl",
+            "req",
+            "-x509",
+            "-newkey",
+            "rsa:2048",
+            "-nodes",
+            "-days",
+            "1",
+            "-keyout",
+            secret,
+            "-out",
+            cert,
+            *names,
+        ],
+        check=True,
+        capture_output=True,
+    )
+    server = start("--ssl-certfile", cert, "--ssl-keyfile", secret, verify=False)
+    assert str(server.http.base_url).startswith("https://")
+    with httpx.Client(base_url=server.http.base_url, verify=ssl.create_default_context(cafile=cert)) as strict:
+        assert strict.get("/v1/models").status_code == 200
+
+
+@pytest.mark.slow
+def test_many_streams_a_third_of_which_leave_and_a_log_that_nobody_reads(start) -> None:
+    """200 at once for PAGODA_LOAD_SECONDS (20): every stream ends properly, nothing is left behind; then the engine is
+    killed under them."""
+    server = start("--max_batch_size", "64", "--session_len", "512", "--max_queued_requests", "512")
+    worker = children(server.process.pid, "pagoda.serve.worker")[0]
+    url, seconds = str(server.http.base_url), float(os.environ.get("PAGODA_LOAD_SECONDS", "20"))
+    anyio.run(storm, url, 2.0)
+    before = open_files(worker)
+    ends = anyio.run(storm, url, seconds)
+    assert ends["done"] > 20 and ends["left"] > 5 and not ends["broken"], ends
+    server.until("ready", 200)
+    for _ in range(200):
+        gauges = dict(re.findall(r"^pagoda:(\w+)\{.*\} ([\d.]+)$", server.http.get("/metrics").text, re.MULTILINE))
+        if float(gauges["requests_running"]) == 0 and open_files(worker) <= before + 2:
+            break
+    assert float(gauges["requests_waiting"]) == float(gauges["kv_cache_usage"]) == float(gauges["sessions"]) == 0
+    assert open_files(worker) <= before + 2
+    engine = children(server.process.pid, "pagoda.engine.process")[0]
+    ends = anyio.run(storm, url, 6.0, engine)
+    assert ends["broken"] == 0 and ends["told"] > 50, ends
+    server.until("ready", 200)
+
+
+def open_files(pid: int) -> int:
+    return len(list(Path(f"/proc/{pid}/fd").iterdir()))
+
+
+async def storm(url: str, seconds: float, kill: int = 0) -> Counter[str]:
+    """200 clients; counts how their streams ended. `kill`: a process to kill in the middle."""
+    ends: Counter[str] = Counter()
+    until = time.monotonic() + seconds
+
+    async def client(http: httpx.AsyncClient, rnd: random.Random) -> None:
+        while time.monotonic() < until:
+            leaves_at = rnd.randint(1, 40) if rnd.random() < 0.33 else 10**6
+            body = {"prompt": f"{rnd.random()}", "max_tokens": rnd.randint(1, 60), "ignore_eos": True, "stream": True}
+            async with http.stream("POST", "/v1/completions", json=body) as answer:
+                if answer.status_code == 503:
+                    ends["refused"] += 1
+                    await anyio.sleep(0.2)
+                    continue
+                seen, error, last = 0, False, ""
+                async for line in answer.aiter_lines():
+                    seen, error, last = seen + bool(line), error or "error" in line, line or last
+                    if seen >= leaves_at:
+                        break
+            how = "left" if seen >= leaves_at else "broken" if last != "data: [DONE]" else "told" if error else "done"
+            ends[how] += 1
+
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=url, timeout=90, limits=limits) as http, anyio.create_task_group() as group:
+        for number in range(200):
+            group.start_soon(client, http, random.Random(number))
+        if kill:
+            await anyio.sleep(seconds / 2)
+            os.kill(kill, signal.SIGKILL)
+    return ends

@@ -1,7 +1,14 @@
 """What the page does, and that it asks no other machine; `test_ui_browser.py` drives it in a browser."""
 
+import contextlib
 import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
 
+import httpx
 import pytest
 from serving import Running
 
@@ -57,11 +64,29 @@ def test_the_page_asks_no_other_machine(server: Running) -> None:
     _, url, shared = launch(Client(server.url), "127.0.0.1", 0, block=False)
     try:
         assert shared is None
-        import httpx
-
         html = httpx.get(url).text
         loaded = re.findall(r"""(?:src|href)=["'](https?:)?//([^"'/]+)""", html)
         assert not [host for _, host in loaded if not host.startswith("127.0.0.1")]
         assert "googleapis" not in html and "cdnjs" not in html
     finally:
         gr.close_all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("own", [False, True], ids=["url", "model"])
+def test_the_literal_command_shows_the_page(server: Running, own: bool) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    what = ["mini", "--session_len", "512"] if own else [server.url, "--restful_api", "True"]
+    words = ["serve", "gradio", *what, "--server_name", "127.0.0.1", "--server_port", str(port)]
+    process = subprocess.Popen([sys.executable, "-m", "pagoda.cli.main", *words], stdout=subprocess.PIPE, text=True)
+    pause, made = threading.Event(), None
+    for _ in range(600):
+        with contextlib.suppress(httpx.TransportError):
+            made = httpx.get(f"http://127.0.0.1:{port}/")
+            break
+        assert process.poll() is None
+        pause.wait(0.1)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=30) in (0, 130)
+    assert made is not None and made.status_code == 200 and "gradio" in made.text

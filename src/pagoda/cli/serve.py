@@ -5,7 +5,6 @@ import argparse
 from pagoda.cli.flags import Parser, add_config_flags, config_from
 from pagoda.config import EngineConfig, ServeConfig
 from pagoda.errors import MissingExtraError
-from pagoda.log import setup_logging
 
 
 def make_parser(prog: str) -> Parser:
@@ -47,9 +46,11 @@ def run(args: argparse.Namespace) -> int:
 
         return show(args)
     try:
+        from pagoda.serve.logs import setup_json_logging
         from pagoda.serve.supervisor import Supervisor
     except ModuleNotFoundError as error:
         raise MissingExtraError(f"Serving needs {error.name}: install pagoda-llm[serve].") from None
     serve = serve_config(args)
-    setup_logging(serve.log_level)
-    return Supervisor(args.model or "mini", config_from(args, EngineConfig), serve, args.chat_template).run()
+    server = Supervisor(args.model or "mini", config_from(args, EngineConfig), serve, args.chat_template)
+    setup_json_logging(serve.log_level)
+    return server.run()

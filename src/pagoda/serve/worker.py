@@ -14,9 +14,9 @@ import uvicorn
 
 from pagoda.config import ServeConfig
 from pagoda.errors import ConfigError
-from pagoda.log import setup_logging
 from pagoda.serve.app import make_app
 from pagoda.serve.backend import Backend
+from pagoda.serve.logs import setup_json_logging
 
 MAX_HEADER_BYTES = 64 << 10
 LAST_SECONDS = 1.0
@@ -64,7 +64,7 @@ def follow(backend: Backend, lines: Any) -> None:
 def main() -> None:
     job = json.loads(sys.stdin.readline())
     config = ServeConfig.from_mapping(job["serve"])
-    setup_logging(config.log_level, as_json=True)
+    setup_json_logging(config.log_level)
     backend = Backend(job["model"], config, job["chat_template"])
     try:
         server = Server(uvicorn_config(backend, config), backend)

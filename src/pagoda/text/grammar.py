@@ -74,7 +74,11 @@ def _body(response_format: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(choices, Sequence) or isinstance(choices, str) or not choices:
             raise GrammarError("The response format 'choice' needs a list of one or more texts.", "response_format")
         return {"lark_grammar": "start: " + " | ".join(literal(_text(c)) for c in choices)}
-    return {"lark_grammar": any_to_lark(_text(_field(response_format, "grammar")))}
+    text = _text(_field(response_format, "grammar"))
+    try:
+        return {"lark_grammar": any_to_lark(text)}
+    except Exception as error:  # the library raises a bare Exception
+        raise ValueError(error) from None
 
 
 def _text(value: Any) -> str:
