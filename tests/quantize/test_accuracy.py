@@ -16,9 +16,9 @@ CALIBRATION = Calibration(samples=64, length=512)
 
 
 def ask(model: Path | str, num: int, policy: str = "none") -> tuple[Answers, float]:
-    """Answers, and the perplexity of held-out conversations."""
+    """Answers, and the perplexity of the right ones."""
     with Evaluator(model, EngineConfig(quant_policy=policy, max_batch_size=256 if GPU else 64)) as evaluator:
-        return evaluator.answer(num), evaluator.dialogues(100).perplexity
+        return evaluator.answer(num), evaluator.right_answers(1000).perplexity
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,8 @@ def test_the_price_of_a_cache(whole, policy, points):
     ids=lambda p: f"{p.method}-{p.group}" if isinstance(p, Recipe) else None,
 )
 def test_the_price_of_weights(whole, tmp_path, recipe, points):
-    """Within its limit; and AWQ stays nearer to the original's perplexity than rounding to nearest."""
+    """Within its limit; and AWQ is better than rounding to nearest in the perplexity of right answers. (That of whole
+    conversations falls under any noise: what users say was hardly trained, and the model is too sure of it.)"""
     quantize_model(Source("mini", CALIBRATION), tmp_path / "out", recipe)
     answers, perplexity = ask(tmp_path / "out", QUESTIONS)
     lost, half = paired_loss(whole[0].right, answers.right)
@@ -55,4 +56,4 @@ def test_the_price_of_weights(whole, tmp_path, recipe, points):
     if recipe.method == "awq":
         quantize_model(Source("mini", CALIBRATION), tmp_path / "rtn", Recipe("rtn", recipe.group))
         nearest = ask(tmp_path / "rtn", 17)[1]
-        assert abs(perplexity - whole[1]) < abs(nearest - whole[1])
+        assert whole[1] < perplexity < nearest

@@ -36,6 +36,17 @@ def test_mini_answers_its_questions(capsys):
     assert 1 < result["story_perplexity"] < 3 and 1 < result["dialogue_perplexity"] < 3
 
 
+def test_right_answers_are_scored_alone():
+    """As many tokens as the answers have, and far less surprise than in whole conversations."""
+    asked = questions(0, 5)
+    with Evaluator("mini", EngineConfig(device="cpu", dtype="float32", max_batch_size=8)) as evaluator:
+        found = evaluator.right_answers(5)
+        tokens = sum(len(evaluator.tokenizer.encode(q.answer + "<|im_end|>\n")) for q in asked)
+        everything = evaluator.dialogues(5)
+    assert found.tokens == tokens
+    assert 1 < found.perplexity < 1.01 < everything.perplexity
+
+
 def test_wrong_answers_count_as_wrong():
     """A model of random weights knows nothing."""
     with Evaluator("mini", EngineConfig(device="cpu", load_format="dummy", max_batch_size=17)) as evaluator:

@@ -52,6 +52,7 @@ def task_results(evaluator: Any, num: int, seed: int, progress: Any = None) -> d
         "questions": num,
         "seed": seed,
         "tasks": rows,
+        "answer_perplexity": evaluator.right_answers(num, seed).perplexity,
         "dialogue_perplexity": evaluator.dialogues(DIALOGUES, seed).perplexity,
         "story_perplexity": evaluator.stories(STORIES, seed).perplexity,
         "seconds": answers.seconds,
@@ -70,6 +71,7 @@ def _table(results: dict[str, Any]) -> str:
             lines.append(
                 f"{task:<12} {row['asked']:>6} {row['right']:>6} {row['accuracy']:>9.2%}   {low:.2%} .. {high:.2%}"
             )
+        lines.append(f"perplexity of right answers      {results['answer_perplexity']:.6f}")
         lines.append(f"perplexity of held-out dialogues {results['dialogue_perplexity']:.4f}")
         lines.append(f"perplexity of held-out stories   {results['story_perplexity']:.4f}")
     return "\n".join(lines)

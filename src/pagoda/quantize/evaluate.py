@@ -111,6 +111,18 @@ class Evaluator:
         """Of held-out stories of mini's world."""
         return self.documents(self.tokenizer.encode(text) for text in held_out_stories(seed, num))
 
+    def right_answers(self, num: int, seed: int = 0) -> Perplexity:
+        """Of the right answers to `num` questions of mini's tasks, each behind its conversation: finer than counting
+        exact matches."""
+        template, sequences, starts = self._template(), [], []
+        for question in questions(seed, num):
+            asked = template.render(question.messages)
+            turns = [*question.messages, {"role": "assistant", "content": question.answer}]
+            told = template.render(turns, add_generation_prompt=False)
+            sequences.append((self._begin() + self.tokenizer.encode(told))[: self.session_len])
+            starts.append(1 + len(self.tokenizer.encode(asked)))
+        return self._score(sequences, None, starts)
+
     def answer(self, num: int, seed: int = 0, progress: Progress | None = None) -> Answers:
         """Greedy replies to `num` questions of mini's tasks, matched to the letter."""
         template, asked = self._template(), questions(seed, num)
@@ -161,12 +173,16 @@ class Evaluator:
             raise UsageError("The model has neither a begin- nor an end-of-sequence token to score a text behind.")
         return [begin]
 
-    def _score(self, sequences: list[list[int]], progress: Progress | None) -> Perplexity:
-        """Every token but the first of every sequence is scored."""
+    def _score(
+        self, sequences: list[list[int]], progress: Progress | None, starts: list[int] | None = None
+    ) -> Perplexity:
+        """Every token but the first of every sequence is scored, or those from its start on."""
         params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0)
         nll, tokens = 0.0, 0
-        for outputs in self._run([s for s in sequences if len(s) > 1], params, progress):
-            scored = [entry for o in outputs for entry in o.prompt_logprobs or () if entry is not None]
+        some = [(s, first) for s, first in zip(sequences, starts or [1] * len(sequences)) if len(s) > first]
+        for outputs, (_, first) in zip(self._run([s for s, _ in some], params, progress), some):
+            entries = next(o.prompt_logprobs for o in outputs if o.prompt_logprobs)
+            scored = [entry for entry in entries[first:] if entry is not None]
             nll -= math.fsum(entry.logprob for entry in scored)
             tokens += len(scored)
         if tokens == 0:

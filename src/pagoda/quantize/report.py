@@ -31,6 +31,7 @@ def measure(
         if num_questions:
             answers = evaluator.answer(num_questions, progress=progress)
             rows = [*answers.scores, overall(answers.scores)]
+            found["answer_perplexity"] = evaluator.right_answers(num_questions).perplexity
             found |= {"accuracy": {s.task: s.accuracy for s in rows}, "right": answers.right}
     return found
 
@@ -56,6 +57,9 @@ def rows_of(report: Report) -> list[tuple[str, str, str, str]]:
     before, after = report["before"], report["after"]
     rows = [_row("size, MiB", before["bytes"] / 2**20, after["bytes"] / 2**20, "{:.2f}", "x")]
     rows.append(_row("perplexity", before["perplexity"], after["perplexity"], "{:.4f}", "+"))
+    if "answer_perplexity" in before:
+        pair = before["answer_perplexity"], after["answer_perplexity"]
+        rows.append(_row("perplexity of answers", *pair, "{:.6f}", "+"))
     if "tokens_per_second" in before:
         rows.append(_row("tokens/s, 8 rows", before["tokens_per_second"], after["tokens_per_second"], "{:.0f}", "x"))
     for task, accuracy in before.get("accuracy", {}).items():
@@ -64,7 +68,7 @@ def rows_of(report: Report) -> list[tuple[str, str, str, str]]:
 
 
 def _row(what: str, before: float, after: float, form: str, change: str) -> tuple[str, str, str, str]:
-    text = f"x {after / before:.2f}" if change == "x" else f"{after - before:+.4f}".rstrip("0").rstrip(".")
+    text = f"x {after / before:.2f}" if change == "x" else f"{after - before:+.6f}".rstrip("0").rstrip(".")
     return what, form.format(before), form.format(after), text
 
 
