@@ -93,13 +93,15 @@ def quantize_model(
     draft = Draft(source.folder, work_dir, spec, recipe, settings or {})
     with torch.inference_mode():
         walk, h_SLC = source.start()
+        if not recipe.calibrated:
+            h_SLC = h_SLC[: walk.rows]  # enough to tell the errors
         written = draft.written(source.tensors, source.device)
         for index in range(draft.num_done):
             walk.advance(read_layer(written, index), h_SLC)
         for index in range(draft.num_done, spec.num_layers):
             layer = read_layer(source.weights, index)
             stats = recipe.new_stats()
-            walk.advance(layer, h_SLC if recipe.calibrated else h_SLC[: walk.rows], stats.watch)
+            walk.advance(layer, h_SLC, stats.watch)
             layer, errors = quantize_layer(recipe, walk, layer, stats)
             del stats
             walk.advance(layer, h_SLC)

@@ -85,7 +85,10 @@ class Walk:
     def embed(self, embed_VC: Tensor, ids_SL: Tensor) -> Tensor:
         """The residual stream before the first layer, [S, L, C] on the host."""
         scale = torch.tensor(self.spec.embed_scale, dtype=self.dtype).item()
-        return torch.stack([(embed_VC[ids].to(self.dtype) * scale).cpu() for ids in ids_SL.to(embed_VC.device)])
+        h_SLC = torch.empty(*ids_SL.shape, self.spec.hidden_size, dtype=self.dtype)
+        for row, ids in zip(h_SLC, ids_SL.to(embed_VC.device)):
+            row.copy_(embed_VC[ids].to(self.dtype) * scale)
+        return h_SLC
 
     def linear(self, role: str, matrix: tuple[str, Tensors], k: int, bias: Tensor | None = None) -> Linear:
         """A matrix (scheme, canonical tensors) of `k` inputs, ready to multiply."""
