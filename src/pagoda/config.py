@@ -303,6 +303,17 @@ class ServeConfig(Checked):
     max_concurrent_per_key: int = knob(
         0, "requests one key may have open; 0: no limit", check=lambda v: v >= 0, rule="0 or more"
     )
+    replicas: int = knob(
+        0, "copies of the whole engine behind one address, by Ray Serve; 0: one engine, without Ray",
+        check=_natural, rule="0 or more",
+    )  # fmt: skip
+    max_replicas: int | None = knob(
+        None, "with replicas: start more of them when they are busy, up to this number", check=_none_or(_positive),
+        rule="1 or more",
+    )  # fmt: skip
+    more_models: list[str] | None = knob(
+        None, "with replicas: further models behind the same address, chosen by a request's field `model`"
+    )
     num_http_workers: int = knob(1, "HTTP processes in front of one engine", check=_positive, rule="1 or more")
     drain_seconds: float = knob(30.0, "time open requests get after SIGTERM", check=_between(0, 3600), rule="0 to 3600")
     session_dir: str | None = knob(None, "folder where sessions may be saved and restored; default: not possible")

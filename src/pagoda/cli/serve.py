@@ -51,6 +51,14 @@ def run(args: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         raise MissingExtraError(f"Serving needs {error.name}: install pagoda-llm[serve].") from None
     serve = serve_config(args)
+    if serve.replicas:
+        from pagoda.engine.ray_ranks import connect_ray
+
+        connect_ray()  # says what to install where Ray is missing
+        from pagoda.serve.replicas import run_replicas
+
+        setup_json_logging(serve.log_level)
+        return run_replicas(args.model or "mini", config_from(args, EngineConfig), serve, args.chat_template)
     server = Supervisor(args.model or "mini", config_from(args, EngineConfig), serve, args.chat_template)
     setup_json_logging(serve.log_level)
     return server.run()
