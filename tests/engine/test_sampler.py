@@ -1,5 +1,8 @@
 """Sampling against transformers' logits processors, against itself in other batches, and against chance."""
 
+import random
+
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -8,7 +11,9 @@ from pagoda.engine.request import SamplingParams, check_sizes
 from pagoda.engine.sampler import SampleFlags, SamplingState, flags_of, sample
 from pagoda.engine.schedule import SlotInit
 from pagoda.errors import RequestError
-from pagoda.kernels.sample import choose_tokens_cpu, choose_tokens_reference, filter_reference, gumbel, row_keys
+from pagoda.kernels.gumbel import gumbel, gumbel_numpy, keys_of, row_keys
+from pagoda.kernels.sample import choose_tokens_reference, filter_reference
+from pagoda.kernels.sample_cpu import best_tokens, choose_tokens_cpu
 
 V = 300
 
@@ -66,6 +71,53 @@ def test_cpu_form_chooses_as_the_reference(knobs):
         arguments = (logits(6, seed, 0.3 + seed % 4), slots, state.knob_SK, state.seed_S, state.count_S, bool(knobs))
         assert torch.equal(choose_tokens_cpu(*arguments), choose_tokens_reference(*arguments))
         state.count_S += 1
+
+
+def test_the_best_tokens_are_found_by_the_parts_that_they_lie_in():
+    rng = torch.Generator().manual_seed(4)
+    for width, size in ((1000, 5), (20000, 65), (20011, 65), (300000, 1025)):
+        scores = torch.randn(3, width, generator=rng)
+        value, token = best_tokens(scores, size)
+        want = scores.topk(size, 1)
+        assert torch.equal(value, want.values) and torch.equal(token, want.indices)
+
+
+def test_small_amounts_of_noise_are_the_same_noise():
+    rng = random.Random(2)
+    for _ in range(50):
+        seed, count = rng.getrandbits(64), rng.randrange(10000)
+        signed = seed - (seed >> 63 << 64)
+        keys = row_keys(torch.tensor([signed]), torch.tensor([count]))
+        assert tuple(int(key) for key in keys) == keys_of(signed, count) == keys_of(seed, count)
+        token = torch.randint(0, 2**18, (1, 400))
+        ours = gumbel_numpy(*(np.array([[int(key)]], np.uint32) for key in keys), token.numpy())
+        torch.testing.assert_close(torch.from_numpy(ours), gumbel(keys[0][:, None], keys[1][:, None], token))
+
+
+def test_a_real_vocabulary_of_few_likely_tokens_chosen_in_any_company():
+    """Peaked scores, rows of every kind at once; each as the reference chooses it, and as alone."""
+    kinds = [{"top_k": 20, "top_p": 0.9}, {"top_p": 0.95}, {"min_p": 0.02}, {}, {"temperature": 0.0}, {"top_k": 900},
+             {"top_k": 3000, "top_p": 0.5}, {"top_p": 0.9999}, {"top_k": 64}, {"top_k": 65, "min_p": 0.3}]  # fmt: skip
+    requests = [({"temperature": 0.8, "seed": i, **kind}, [1], 1) for i, kind in enumerate(kinds)]
+    state, slots = make(*requests, num_slots=len(kinds))
+    for seed in range(12):
+        scores = torch.randn(len(kinds), 30000, generator=torch.Generator().manual_seed(seed)) * (0.5 + seed % 4)
+        scores[:, 77:90] += 6.0
+        if seed % 3 == 0:
+            scores = scores.round()  # ties
+        arguments = (state.knob_SK, state.seed_S, state.count_S, True)
+        chosen = choose_tokens_cpu(scores, slots, *arguments)
+        assert chosen.tolist() == choose_tokens_reference(scores, slots, *arguments).tolist()
+        alone = [int(choose_tokens_cpu(scores[i : i + 1], slots[i : i + 1], *arguments)) for i in range(len(kinds))]
+        assert alone == chosen.tolist()
+        state.count_S += 1
+
+
+def test_rows_without_numbers_get_some_token():
+    state, slots = make(*[({"temperature": 1.0, "top_k": 5, "top_p": 0.9}, [1], 1)] * 2)
+    scores = torch.stack([torch.full((V,), torch.nan), torch.full((V,), -torch.inf)])
+    chosen = choose_tokens_cpu(scores, slots, state.knob_SK, state.seed_S, state.count_S, True)
+    assert all(0 <= token < V for token in chosen.tolist())
 
 
 @pytest.mark.parametrize("width", [5000, 20000])

@@ -15,12 +15,17 @@ def test_kernels_equal_their_references(device: torch.device, rows: int, width: 
     table_SB = torch.randint(0, 5000, (slots, blocks), device=device, dtype=torch.int32)
     slot_R = torch.randperm(slots - 1, device=device)[:rows]
     args = (slot_R, last_S, len_S, rope_S, table_SB, block_len, width)
-    for got, want in zip(batch_step.launch_gather(*args), batch_step.gather_decode_reference(*args), strict=True):
-        assert got.dtype == want.dtype and torch.equal(got, want)
+    forms = [batch_step.launch_gather] + [batch_step.gather_decode_numpy] * (device.type == "cpu")
+    for form in forms:
+        for got, want in zip(form(*args), batch_step.gather_decode_reference(*args), strict=True):
+            assert got.dtype == want.dtype and torch.equal(got, want)
 
 
+@pytest.mark.parametrize("form", ["launch_advance", "advance_rows_numpy"])
 @pytest.mark.parametrize("rows", [1, 6, 200])
-def test_advance_equals_its_reference(device: torch.device, rows: int) -> None:
+def test_advance_equals_its_reference(device: torch.device, rows: int, form: str) -> None:
+    if form == "advance_rows_numpy" and device.type != "cpu":
+        pytest.skip("the form of CPUs")
     slots = rows + 4
     trash = slots - 1
     state = [torch.randint(1, 99, (slots,), device=device, dtype=d) for d in (torch.int64, torch.int32, torch.int64)]
@@ -31,7 +36,7 @@ def test_advance_equals_its_reference(device: torch.device, rows: int) -> None:
     kv_len_R = torch.randint(1, 500, (rows + 3,), device=device, dtype=torch.int32)
     token_R = torch.randint(0, 1000, (rows + 3,), device=device)
     ours, theirs = ([t.clone() for t in state] for _ in range(2))
-    batch_step.launch_advance(slot_R, kv_len_R, sample_R, token_R, *ours)
+    getattr(batch_step, form)(slot_R, kv_len_R, sample_R, token_R, *ours)
     batch_step.advance_rows_reference(slot_R, kv_len_R, sample_R, token_R, *theirs)
     for got, want, before in zip(ours, theirs, state, strict=True):
         assert torch.equal(got[:trash], want[:trash])

@@ -161,13 +161,17 @@ def _knobs(params: SamplingParams) -> tuple[float, ...]:
 
 
 class PenaltyState:
-    """What a slot's request has seen: `count_SV` how often it generated each token, `prompt_SV` those of its prompt."""
+    """What a slot's request has seen: `count_SV` how often it generated each token, `prompt_SV` those of its prompt.
+    On a CPU, where the host knows every token, `_seen` has their ids by slot: a small part of the vocabulary."""
 
     def __init__(self, num_slots: int, vocab_size: int, device: torch.device):
         self.count_SV = torch.zeros(num_slots, vocab_size, dtype=torch.int16, device=device)
         self.prompt_SV = torch.zeros(num_slots, vocab_size, dtype=torch.bool, device=device)
+        self._seen: dict[int, torch.Tensor] | None = {} if device.type == "cpu" else None
 
     def set_slot(self, init: SlotInit, upload) -> None:
+        if self._seen is not None:
+            self._seen[init.slot] = torch.from_numpy(np.unique(np.array(init.history, np.int64)))
         prompt, generated = init.history[: init.num_prompt], init.history[init.num_prompt :]
         self.prompt_SV[init.slot].zero_().index_fill_(0, upload(np.unique(np.array(prompt, np.int64))), True)
         token, count = np.unique(np.array(generated, np.int64), return_counts=True)
@@ -176,6 +180,8 @@ class PenaltyState:
     def apply(self, logits_RV: torch.Tensor, slot_R: torch.Tensor, knob_RK: torch.Tensor) -> torch.Tensor:
         """Repetition penalty (transformers' formula: divides positive scores, multiplies negative ones), then presence
         and frequency penalty (OpenAI's formula)."""
+        if self._seen is not None:
+            return self._apply_seen(self._seen, logits_RV, slot_R.tolist(), knob_RK)
         count_RV = self.count_SV.index_select(0, slot_R)
         seen_RV = self.prompt_SV.index_select(0, slot_R) | (count_RV > 0)
         penalty_R1 = knob_RK[:, REPETITION, None]
@@ -183,7 +189,25 @@ class PenaltyState:
         taken_RV = (count_RV > 0) * knob_RK[:, PRESENCE, None] + count_RV * knob_RK[:, FREQUENCY, None]
         return torch.where(seen_RV, scaled_RV, logits_RV) - taken_RV
 
+    def _apply_seen(
+        self, seen: dict[int, torch.Tensor], logits_RV: torch.Tensor, slots: list[int], knob_RK: torch.Tensor
+    ) -> torch.Tensor:
+        """`apply`, token by token that was seen."""
+        logits_RV = logits_RV.clone()
+        for r, (slot, knobs) in enumerate(zip(slots, knob_RK[:, REPETITION : FREQUENCY + 1].tolist())):
+            if slot not in seen or knobs == [1.0, 0.0, 0.0]:
+                continue
+            old_N, count_N = logits_RV[r, seen[slot]], self.count_SV[slot, seen[slot]]
+            penalty, presence, frequency = knob_RK[r, REPETITION], knob_RK[r, PRESENCE], knob_RK[r, FREQUENCY]
+            scaled_N = torch.where(old_N > 0, old_N / penalty, old_N * penalty)
+            logits_RV[r, seen[slot]] = scaled_N - ((count_N > 0) * presence + count_N * frequency)
+        return logits_RV
+
     def advance(self, slot_R: torch.Tensor, token_R: torch.Tensor) -> None:
+        if self._seen is not None:
+            for slot, token in zip(slot_R.tolist(), token_R):
+                if slot in self._seen and not (self.count_SV[slot, token] > 0 or self.prompt_SV[slot, token]):
+                    self._seen[slot] = torch.cat([self._seen[slot], token[None]])
         self.count_SV.index_put_((slot_R, token_R), self.count_SV[slot_R, token_R] + 1)
 
 

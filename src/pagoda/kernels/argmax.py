@@ -80,4 +80,6 @@ def argmax(value_RV: Tensor, counters: Tensor, early_launch: bool = False) -> Te
     rows = value_RV.shape[0]
     if value_RV.is_cuda and HAS_TRITON and value_RV.stride(1) == 1 and rows <= counters.numel():
         return argmax_launch(value_RV, counters, early_launch)
+    if not value_RV.is_cuda:  # numpy's takes a tenth of the time of torch's
+        return torch.from_numpy(value_RV.numpy().argmax(-1))
     return argmax_reference(value_RV)

@@ -18,6 +18,7 @@ rope_len); all go into block_table_SB and rope_len_S. No cell is named twice.
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -55,6 +56,35 @@ def advance_rows_reference(
     kv_len_S[slot_R] = kv_len_R.masked_fill(slot_R == trash, 0)
     last_token_S[sample_slot_R] = token_R.masked_fill(sample_slot_R == trash, 0)
     count_S[sample_slot_R] = (count_S[sample_slot_R] + 1).masked_fill(sample_slot_R == trash, 0)
+
+
+# On a CPU the steps of a small model are so short that torch's calls for a few numbers would count: numpy's cost less.
+
+
+def gather_decode_numpy(
+    slot_R: Tensor, last_token_S: Tensor, kv_len_S: Tensor, rope_len_S: Tensor, block_table_SB: Tensor,
+    block_len: int, width: int,
+) -> DecodeRows:  # fmt: skip
+    slots = slot_R.numpy()
+    position_R = kv_len_S.numpy()[slots].astype(np.int64)
+    table_RW = block_table_SB.numpy()[slots, :width]
+    block_R = table_RW[np.arange(len(slots)), position_R // block_len].astype(np.int64)
+    cache_slot_R = block_R * block_len + position_R % block_len
+    kv_len_R, rope_len_R = (position_R + 1).astype(np.int32), rope_len_S.numpy()[slots]
+    rows = (last_token_S.numpy()[slots], position_R, cache_slot_R, rope_len_R, kv_len_R, table_RW)
+    return DecodeRows(*map(torch.from_numpy, rows))
+
+
+def advance_rows_numpy(
+    slot_R: Tensor, kv_len_R: Tensor, sample_slot_R: Tensor, token_R: Tensor,
+    last_token_S: Tensor, kv_len_S: Tensor, count_S: Tensor,
+) -> None:  # fmt: skip
+    last, length, count = last_token_S.numpy(), kv_len_S.numpy(), count_S.numpy()
+    slots = sample_slot_R.numpy()
+    length[slot_R.numpy()] = kv_len_R.numpy()
+    last[slots] = token_R.numpy()
+    count[slots] += 1  # once a slot, however often it is named
+    length[-1] = last[-1] = count[-1] = 0  # trash
 
 
 @jit
@@ -146,7 +176,9 @@ def gather_decode(
     """See the module's contract."""
     assert block_table_SB.is_contiguous() and 0 < width <= block_table_SB.shape[1]
     args = (slot_R, last_token_S, kv_len_S, rope_len_S, block_table_SB, block_len, width)
-    return launch_gather(*args, early_launch) if slot_R.is_cuda and HAS_TRITON else gather_decode_reference(*args)
+    if slot_R.is_cuda:
+        return launch_gather(*args, early_launch) if HAS_TRITON else gather_decode_reference(*args)
+    return gather_decode_numpy(*args)
 
 
 def advance_rows(
@@ -157,8 +189,10 @@ def advance_rows(
     args = (slot_R, kv_len_R, sample_slot_R, token_R, last_token_S, kv_len_S, count_S)
     if slot_R.is_cuda and HAS_TRITON:
         launch_advance(*args, early_launch)
-    else:
+    elif slot_R.is_cuda:
         advance_rows_reference(*args)
+    else:
+        advance_rows_numpy(*args)
 
 
 def write_changes_reference(packed: Tensor, num_triples: int, block_table_SB: Tensor, rope_len_S: Tensor) -> None:

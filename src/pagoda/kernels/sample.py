@@ -15,43 +15,11 @@ min_p times as likely as the most likely. Tied tokens are kept or dropped togeth
 Legend: R rows, S slots, K knobs, V vocabulary, P parts of the vocabulary.
 """
 
-import math
-
 import torch
 
+from pagoda.kernels.gumbel import gumbel, row_keys
+from pagoda.kernels.sample_cpu import MIN_P, TEMPERATURE, TOP_K, TOP_P, choose_tokens_cpu
 from pagoda.kernels.triton_env import HAS_TRITON, jit, next_power_of_2, tl
-
-TEMPERATURE, TOP_K, TOP_P, MIN_P = range(4)
-MASK32 = 0xFFFFFFFF
-
-
-# ---- noise ---------------------------------------------------------------------------------------------------------
-
-
-def _mix(x: torch.Tensor) -> torch.Tensor:
-    """A bijection of 32-bit integers (held in int64) that spreads every bit (the constants are Wellons' lowbias32)."""
-    x = ((x ^ (x >> 16)) * 0x7FEB352D) & MASK32
-    x = ((x ^ (x >> 15)) * 0x846CA68B) & MASK32
-    return x ^ (x >> 16)
-
-
-def row_keys(seed_R: torch.Tensor, count_R: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two 32-bit keys of a row (int64, 0 to 2^32-1)."""
-    low_R, high_R = seed_R & MASK32, (seed_R >> 32) & MASK32
-    first_R = _mix(_mix((low_R + 0x9E3779B9 * (count_R + 1)) & MASK32) ^ high_R)
-    return first_R, _mix(first_R ^ low_R ^ 0x85EBCA6B)
-
-
-def gumbel(first_R1: torch.Tensor, second_R1: torch.Tensor, token_RN: torch.Tensor) -> torch.Tensor:
-    """Noise of tokens under row keys: float32, shaped as the broadcast of the arguments. int32 arithmetic wraps."""
-    x = token_RN.to(torch.int32) * (0x9E3779B9 - 2**32) + first_R1.to(torch.int32)
-    x = (x ^ ((x >> 16) & 0xFFFF)) * 0x7FEB352D ^ second_R1.to(torch.int32)
-    x = (x ^ ((x >> 15) & 0x1FFFF)) * (0x846CA68B - 2**32)
-    x = x ^ ((x >> 16) & 0xFFFF)
-    v = (((x >> 1) & 0x7FFFFFFF).float() + 0.5) * 2.0**-31
-    series = v * (1 + v * (0.5 + v * (1 / 3)))  # -log(1 - v), whose small values float32 would lose
-    return -torch.where(v < 0.01, series, -torch.log(1 - v.clamp(max=1 - 2.0**-24))).log()
-
 
 # ---- reference -----------------------------------------------------------------------------------------------------
 
@@ -84,50 +52,6 @@ def choose_tokens_reference(logits_RV, slot_R, knob_SK, seed_S, count_S, filters
     token_V = torch.arange(logits_RV.shape[1], device=logits_RV.device)
     noise_RV = gumbel(first_R[:, None], second_R[:, None], token_V)
     return (score_RV + noise_RV.masked_fill(temperature_R1 <= 0, 0.0)).argmax(-1)
-
-
-# ---- CPU: candidates first, noise for them alone ---------------------------------------------------------------------
-
-
-def choose_tokens_cpu(logits_RV, slot_R, knob_SK, seed_S, count_S, filters) -> torch.Tensor:
-    """Row by row: a selection is much cheaper here than noise or a sort over the vocabulary."""
-    first_R, second_R = row_keys(seed_S.index_select(0, slot_R), count_S.index_select(0, slot_R))
-    tokens = []
-    for row, slot in enumerate(slot_R.tolist()):
-        temperature, top_k, top_p, min_p = knob_SK[slot, : MIN_P + 1].tolist()
-        logits_V = logits_RV[row]
-        if temperature <= 0:
-            tokens.append(int(logits_V.argmax()))
-            continue
-        score_V = logits_V / temperature
-        token_N = _candidates(score_V, int(top_k), top_p, min_p) if filters else torch.arange(score_V.numel())
-        noise_N = gumbel(first_R[row], second_R[row], token_N)
-        tokens.append(int(token_N[(score_V[token_N] + noise_N).argmax()]))
-    return torch.tensor(tokens, dtype=torch.int64)
-
-
-def _candidates(score_V: torch.Tensor, top_k: int, top_p: float, min_p: float) -> torch.Tensor:
-    """Ids that pass the filters: all from a floor on."""
-    width, top = score_V.numel(), score_V.max()
-    floor = score_V.topk(top_k).values[-1] if 0 < top_k < width else score_V.min()
-    if top_p < 1:
-        best_N = score_V[score_V >= floor]
-        total = best_N.logsumexp(0)
-        best_N = _best(best_N, total, top_p)
-        prob_N = (best_N - total).exp()
-        floor = best_N[max(int((prob_N.cumsum(0) - prob_N < top_p).sum()), 1) - 1]
-    if min_p > 0:
-        floor = torch.maximum(floor, top + math.log(min_p))
-    return (score_V >= floor).nonzero().squeeze(1)
-
-
-def _best(score_N: torch.Tensor, total: torch.Tensor, top_p: float) -> torch.Tensor:
-    """Scores in falling order, at least as many as hold the share `top_p`; few of them suffice nearly always."""
-    for count in (1024, 16384):
-        few = score_N.topk(min(count, score_N.numel())).values
-        if few.numel() == score_N.numel() or float((few - total).exp().sum()) > top_p:
-            return few
-    return score_N.sort(descending=True).values
 
 
 # ---- GPU: two kernels ------------------------------------------------------------------------------------------------
