@@ -167,7 +167,7 @@ def open_bench(args: argparse.Namespace) -> Iterator[Bench]:
         config = config.replace(max_queued_requests=max(4 * config.max_batch_size, args.num_prompts))
     with start_engine(args.model, config, inline=args.inline) as engine:
         print("\n".join(engine.info.report), file=sys.stderr, flush=True)
-        device = device_name(config.device)
+        device = device_name(config.device, config.num_threads)
         record = Record({"model": args.model, "device": device, "engine": given}, out)
         vocab = args.vocab_size or min(10000, engine.info.vocab_size)
         yield Bench(EngineTarget(engine), args, record, vocab, find_limits(args.model, config, device))

@@ -126,7 +126,7 @@ def profile(args: argparse.Namespace, config: EngineConfig) -> int:
 
     loop.connect(poll, lambda _sender, message: recorder.take(message))
     loop.run()
-    record = Record({"model": args.model, "device": device_name(config.device)})
+    record = Record({"model": args.model, "device": device_name(config.device, config.num_threads)})
     for name, (found, steps, wall) in recorder.phases.items():
         rows = table(found, steps, wall)
         print(f"\n{name}: {wall / steps * 1e3:.3f} ms a step\n{'us a step':>12} {'share':>7} {'calls':>8}  operation",

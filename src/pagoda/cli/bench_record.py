@@ -29,8 +29,8 @@ def command() -> str:
     return shlex.join(["pagoda" if name in ("main.py", "pagoda", "lmdeploy") else name, *sys.argv[1:]])
 
 
-def device_name(device: str) -> str:
-    """The device that `EngineConfig.device` means here, by its full name."""
+def device_name(device: str, threads: int | None = None) -> str:
+    """The device that `EngineConfig.device` means here, by its full name; `threads` as in `EngineConfig.num_threads`."""
     import torch
 
     if device.startswith("cuda") or (device == "auto" and torch.cuda.is_available()):
@@ -38,7 +38,9 @@ def device_name(device: str) -> str:
         return torch.cuda.get_device_name(index)
     from pagoda.cli.env import cpu_name
 
-    return f"{cpu_name()}, {torch.get_num_threads()} threads"
+    from pagoda.kernels.cpu.threads import default_threads
+
+    return f"{cpu_name()}, {threads or default_threads()} threads"
 
 
 class Record:
