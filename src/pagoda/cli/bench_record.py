@@ -30,14 +30,13 @@ def command() -> str:
 
 
 def device_name(device: str, threads: int | None = None) -> str:
-    """The device that `EngineConfig.device` means here, by its full name; `threads` as in `EngineConfig.num_threads`."""
+    """The device that `EngineConfig.device` means here, by its full name; `threads`: `EngineConfig.num_threads`."""
     import torch
 
     if device.startswith("cuda") or (device == "auto" and torch.cuda.is_available()):
         index = torch.device(device).index if device.startswith("cuda:") else None
         return torch.cuda.get_device_name(index)
     from pagoda.cli.env import cpu_name
-
     from pagoda.kernels.cpu.threads import default_threads
 
     return f"{cpu_name()}, {threads or default_threads()} threads"
