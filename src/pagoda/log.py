@@ -3,8 +3,6 @@
 import logging
 import sys
 
-LEVELS = ("debug", "info", "warning", "error")
-
 
 def get_logger(name: str) -> logging.Logger:
     """The logger of one module; `name` is the module's `__name__`."""

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pagoda.config import EngineConfig, GenerationConfig
-from pagoda.engine.client import EngineClient, Ticket, named_error, start_engine
+from pagoda.engine.client import EngineClient, Ticket, start_engine
 from pagoda.engine.params import read_generation_defaults, sampling_params
 from pagoda.engine.request import EngineRequest, Output, TokenLogprobs
-from pagoda.errors import PromptTooLongError, RequestError
+from pagoda.errors import NotFoundError, PromptTooLongError, RequestError, named_error
 from pagoda.models.find import resolve_model, text_folder
 from pagoda.models.workspace import remembered_template
 from pagoda.text.stream import TextStream
@@ -75,6 +75,7 @@ class Answering:
         reply, now = self.reply, time.monotonic() - self._started
         reply.total_time = now
         if output.finish_reason == "error":
+            reply.finish_reason = "error"
             raise named_error(output.error_kind or "EngineError", output.error or "The engine failed on this request.")
         if output.num_prompt_tokens:
             reply.input_token_len, reply.cached_token_len = output.num_prompt_tokens, output.num_cached_tokens
@@ -105,6 +106,11 @@ class Answering:
         if not text and not tokens and reason is None:
             return None
         return Piece(text, tokens, reason, logprobs)
+
+    def read(self) -> None:
+        """Take all outputs."""
+        for output in self.ticket:
+            self.take(output)
 
 
 class Pipeline:
@@ -149,11 +155,14 @@ class Pipeline:
         """
         many = _is_many(prompts)
         batch = list(prompts) if many else [prompts]
-        running = [self.start(prompt, gen_config, do_preprocess=do_preprocess) for prompt in batch]
+        most, running = self.engine.info.max_queued, []  # more at once would be refused
         try:
-            for answering in running:
-                for output in answering.ticket:
-                    answering.take(output)
+            for i, prompt in enumerate(batch):
+                if i >= most:
+                    running[i - most].read()
+                running.append(self.start(prompt, gen_config, do_preprocess=do_preprocess))
+            for answering in running[max(0, len(batch) - most) :]:
+                answering.read()
         except BaseException:
             for answering in running:
                 answering.ticket.abort()
@@ -243,6 +252,9 @@ class Pipeline:
         gen = gen_config or GenerationConfig()
         if not prompt_ids:
             raise RequestError("The prompt has no tokens: write some text.", "prompt")
+        if not 0 <= min(prompt_ids) <= max(prompt_ids) < self.engine.info.vocab_size:
+            last = self.engine.info.vocab_size - 1
+            raise RequestError(f"The prompt has a token id outside 0 to {last}, those the model has.", "prompt")
         stop_ids, words = self._split_stops([*stop_words, *(gen.stop_words or ())])
         if grammar is None and gen.response_format is not None:
             from pagoda.text.grammar import compile_grammar  # its library is slow to import
@@ -314,9 +326,11 @@ class Session:
     def __call__(self, text: str, gen_config: GenerationConfig | None = None) -> Reply:
         """Say something and wait for the whole reply."""
         answering = self.start(text, gen_config)
-        for output in answering.ticket:
-            answering.take(output)
-        self.finish(text, answering)
+        try:
+            for _ in _pieces(answering):
+                pass
+        finally:
+            self.finish(text, answering)
         return answering.reply
 
     def stream(self, text: str, gen_config: GenerationConfig | None = None) -> Iterator[Piece]:
@@ -331,8 +345,9 @@ class Session:
         """Submit a turn; pair it with `finish`."""
         template = self._pipe.template
         full = template.render([*self.history, {"role": "user", "content": text}])
-        if not full.startswith(self._rendered):
-            # The template rewrites history (it drops old reasoning, say): begin anew, the prefix cache helps.
+        if self._rendered and (not full.startswith(self._rendered) or not self._is_held()):
+            # The template rewrites history (it drops old reasoning, say), or the engine has forgotten it (a session
+            # lives for `session_ttl`): begin anew, the prefix cache helps.
             self._pipe.engine.call("delete_session", session_id=self.id)
             self._rendered, self._held = "", 0
         if self._rendered:
@@ -351,10 +366,19 @@ class Session:
         self._pending = (full, self._held + len(new_ids))
         return answering
 
+    def _is_held(self) -> bool:
+        """Whether the engine still holds what this session believes."""
+        try:
+            return len(self._pipe.engine.call("session_tokens", session_id=self.id)) == self._held
+        except NotFoundError:
+            return False
+
     def finish(self, text: str, answering: Answering) -> None:
-        """Take the reply into the history."""
+        """Take the reply into the history; a turn that failed leaves no trace, here as in the engine."""
         full, held = self._pending
         reply = answering.reply
+        if reply.finish_reason == "error":
+            return
         self.history += [{"role": "user", "content": text}, {"role": "assistant", "content": reply.text}]
         self._rendered, self._held = full + reply.text, held + len(reply.token_ids)
 

@@ -121,15 +121,6 @@ class Machine(RuleBasedStateMachine):
                 del self.sessions[session][prompt_len + keep :]
 
     @rule()
-    def fail(self):
-        outputs = self.scheduler.fail_running("lost")
-        self.flights.clear()
-        self.device.unseen.clear()
-        for output in outputs:
-            assert output.finish_reason == "error" and output.error == "lost"
-            self.take(output)
-
-    @rule()
     def row_error(self):
         if self.flights:
             plan, result = self.flights[0]

@@ -74,7 +74,7 @@ def test_bad_files_are_refused_and_nothing_is_half_written(tmp_path):
     with pytest.raises(UsageError, match="make the folder"):
         sessions.save(tmp_path / "missing" / "sessions")
     (tmp_path / "folder").mkdir()
-    with pytest.raises(OSError):
+    with pytest.raises(UsageError, match="Is a directory"):
         sessions.save(tmp_path / "folder")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "sessions"]
 

@@ -1,22 +1,15 @@
 """The client's side of an engine: submit requests, read their outputs. Imports no torch unless the engine is inline."""
 
 import asyncio
+import contextlib
 import itertools
-import json
-import os
 import queue
-import shutil
-import subprocess
-import sys
-import tempfile
 import threading
-import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
-import zmq
 
 from pagoda import errors
 from pagoda.config import EngineConfig
@@ -24,10 +17,9 @@ from pagoda.engine import wire
 from pagoda.engine.metrics import EngineStats
 from pagoda.engine.request import EngineRequest, Output
 from pagoda.engine.sessions import SessionInfo
+from pagoda.engine.transports import InlineTransport, Transport, spawn_engine
 from pagoda.errors import EngineDeadError, PagodaError, named_error
 from pagoda.models.workspace import is_workspace, open_workspace
-
-LAST_WORDS = "last_words"  # the file in which a dying engine leaves its error
 
 
 class Ticket:
@@ -63,21 +55,6 @@ class Ticket:
                 return
 
 
-class Transport(Protocol):
-    """How messages travel. `receive` waits up to `timeout` seconds; None: nothing came."""
-
-    def send(self, message: wire.ToEngine) -> None: ...
-
-    def receive(self, timeout: float) -> wire.FromEngine | None: ...
-
-    def alive(self) -> bool: ...
-
-    def last_words(self) -> PagodaError | None:
-        """Why the engine is no longer alive, if it could leave word."""
-
-    def close(self) -> None: ...
-
-
 class EngineClient:
     """One program's door to one engine. Safe to use from several threads and event loops."""
 
@@ -107,7 +84,11 @@ class EngineClient:
             if request.id in self._tickets:
                 raise errors.RequestError(f"A request with the id {request.id!r} is still running.", "request_id")
             self._tickets[request.id] = ticket
-        self._transport.send(wire.Submit(request))
+        try:
+            self._transport.send(wire.Submit(request))
+        except BaseException:  # it cannot be encoded
+            del self._tickets[request.id]
+            raise
         return ticket
 
     def abort(self, request_id: str, keep_tokens: int | None = None) -> None:
@@ -224,7 +205,7 @@ class EngineClient:
             else:
                 by_loop.setdefault(ticket.loop, []).append((ticket, output))
         for loop, pairs in by_loop.items():
-            if not loop.is_closed():
+            with contextlib.suppress(RuntimeError):  # the loop was closed: nobody waits there any more
                 loop.call_soon_threadsafe(_deliver_all, pairs)
 
     def _die(self, error: EngineDeadError) -> None:
@@ -244,120 +225,6 @@ def _deliver_all(pairs: list[tuple[Ticket, Output]]) -> None:
         ticket.deliver(output)
 
 
-class InlineTransport:
-    """The engine as a thread of this process."""
-
-    def __init__(self, model: str | Path, config: EngineConfig, progress: Callable[[float], None] | None = None):
-        from pagoda.engine.process import build_engine  # torch comes with it
-
-        self._to_engine: queue.SimpleQueue[tuple[bytes, wire.ToEngine]] = queue.SimpleQueue()
-        self._from_engine: queue.SimpleQueue[wire.FromEngine] = queue.SimpleQueue()
-        self._loop = build_engine(model, config, progress)
-        self._loop.connect(self._poll, lambda _sender, message: self._from_engine.put(message))
-        self._from_engine.put(wire.Ready(self._loop.info))
-        self._thread = threading.Thread(target=self._loop.run, name="pagoda-engine", daemon=True)
-        self._thread.start()
-
-    def _poll(self, timeout: float | None) -> list[tuple[bytes, wire.ToEngine]]:
-        messages = []
-        try:
-            messages.append(self._to_engine.get(block=timeout != 0, timeout=timeout or None))
-            while True:
-                messages.append(self._to_engine.get_nowait())
-        except queue.Empty:
-            return messages
-
-    def send(self, message: wire.ToEngine) -> None:
-        self._to_engine.put((b"", message))
-
-    def receive(self, timeout: float) -> wire.FromEngine | None:
-        try:
-            return self._from_engine.get(timeout=timeout)
-        except queue.Empty:
-            return None
-
-    def alive(self) -> bool:
-        return self._thread.is_alive()
-
-    def last_words(self) -> PagodaError | None:
-        return None
-
-    def close(self) -> None:
-        self._loop.stop()
-        self._to_engine.put((b"", wire.Leave()))
-        self._thread.join(timeout=30)
-
-
-class SocketTransport:
-    """A ZeroMQ connection to an engine process. With `process`, the engine is ours and ends with us."""
-
-    def __init__(self, address: str, process: subprocess.Popen[bytes] | None = None, folder: Path | None = None):
-        self.address, self.process, self._folder = address, process, folder
-        self._context = zmq.Context()
-        self._socket = self._context.socket(zmq.DEALER)
-        self._socket.linger = 0
-        self._socket.connect(address)
-        # A socket belongs to one thread: senders hand over through a local pipe that the receiving thread also polls.
-        self._pending: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-        self._wake_read, self._wake_write = os.pipe()
-        os.set_blocking(self._wake_read, False)
-        os.set_blocking(self._wake_write, False)
-        self._poller = zmq.Poller()
-        self._poller.register(self._socket, zmq.POLLIN)
-        self._poller.register(self._wake_read, zmq.POLLIN)
-        self._closed = False
-        self.send(wire.Call(0, "hello"))
-
-    def send(self, message: wire.ToEngine) -> None:
-        self._pending.put(wire.encode(message))
-        try:
-            os.write(self._wake_write, b"x")
-        except (BlockingIOError, OSError):  # the pipe is full: a wake-up is under way already; or we are closing
-            return
-
-    def receive(self, timeout: float) -> wire.FromEngine | None:
-        deadline = time.monotonic() + timeout
-        while not self._closed:
-            left = max(0.0, deadline - time.monotonic())
-            ready = dict(self._poller.poll(left * 1000))
-            if self._wake_read in ready:
-                self._flush()
-            if self._socket in ready:
-                return wire.decode_from_engine(self._socket.recv())
-            if left == 0.0:
-                break
-        return None
-
-    def _flush(self) -> None:
-        os.read(self._wake_read, 1 << 16)
-        while not self._pending.empty():
-            self._socket.send(self._pending.get_nowait())
-
-    def alive(self) -> bool:
-        return not self._closed and (self.process is None or self.process.poll() is None)
-
-    def last_words(self) -> PagodaError | None:
-        if self._folder is None or not (self._folder / LAST_WORDS).exists():
-            return None
-        return named_error(*json.loads((self._folder / LAST_WORDS).read_text(encoding="utf-8")))
-
-    def close(self) -> None:
-        if self._closed:
-            return
-        if self.process is None:
-            self.send(wire.Leave())
-        else:
-            self.process.terminate()
-            try:
-                self.process.wait(timeout=30)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
-        self._closed = True
-
-
 def start_engine(
     model: str | Path, config: EngineConfig, inline: bool = True, progress: Callable[[float], None] | None = None
 ) -> EngineClient:
@@ -375,20 +242,3 @@ def num_ranks(model: str | Path, config: EngineConfig) -> int:
     """`tp`, from a workspace where the configuration leaves it open."""
     folder = Path(model).expanduser()
     return config.under(open_workspace(folder).settings).tp if is_workspace(folder) else config.tp
-
-
-def spawn_engine(model: str | Path, config: EngineConfig) -> SocketTransport:
-    """Start an engine process on a private socket (a folder of mode 0700) and connect to it."""
-    folder = Path(tempfile.mkdtemp(prefix="pagoda-"))
-    address = f"ipc://{folder}/engine"
-    job = {
-        "model": str(model),
-        "config": {k: getattr(config, k) for k in config.__dataclass_fields__},
-        "address": address,
-        "last_words": str(folder / LAST_WORDS),
-    }
-    process = subprocess.Popen([sys.executable, "-m", "pagoda.engine.process"], stdin=subprocess.PIPE)
-    assert process.stdin is not None
-    process.stdin.write(json.dumps(job).encode())
-    process.stdin.close()
-    return SocketTransport(address, process, folder)

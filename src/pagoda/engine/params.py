@@ -67,17 +67,18 @@ def sampling_params(
     bad += [(token,) for token in id_list(defaults.get("suppress_tokens"))]
     _check_ids(info.vocab_size, "stop_token_ids", gen.stop_token_ids or ())
     _check_ids(info.vocab_size, "logit_bias", gen.logit_bias or ())
+    max_tokens = min(room, gen.max_new_tokens or max_new_tokens or room)
     return SamplingParams(
         temperature=given("temperature", 1.0) if sampled else 0.0,
-        top_k=given("top_k", 0),
+        top_k=min(given("top_k", 0), info.vocab_size),
         top_p=given("top_p", 1.0),
         min_p=given("min_p", 0.0),
         repetition_penalty=given("repetition_penalty", 1.0),
         presence_penalty=gen.presence_penalty,
         frequency_penalty=gen.frequency_penalty,
         seed=gen.random_seed if gen.random_seed is not None else secrets.randbits(64),
-        max_tokens=min(room, gen.max_new_tokens or max_new_tokens or room),
-        min_tokens=gen.min_new_tokens,
+        max_tokens=max_tokens,
+        min_tokens=min(gen.min_new_tokens, max_tokens),
         stop_ids=tuple(dict.fromkeys((*ends, *(gen.stop_token_ids or ())))),
         logprobs=gen.logprobs,
         prompt_logprobs=gen.prompt_logprobs,

@@ -30,7 +30,7 @@ from pagoda.engine.schedule import Schedule
 from pagoda.engine.scheduler import Scheduler, SchedulerConfig
 from pagoda.engine.sessions import Sessions
 from pagoda.engine.workers import OwnWorker, Workers
-from pagoda.errors import EngineError, NotFoundError, PagodaError
+from pagoda.errors import EngineError, GrammarError, NotFoundError, PagodaError
 from pagoda.layers.parallel import Group
 from pagoda.log import get_logger, setup_logging
 from pagoda.models.loader import resolve_model, resolve_spec, text_folder
@@ -103,8 +103,9 @@ class EngineLoop:
             self._workers.launch(schedule, self._grammars.masks(schedule))
             self._flights.append(schedule)
         if self._flights and (schedule is None or len(self._flights) > self._workers.run_ahead):
-            oldest = self._flights.popleft()
-            self._emit(self._scheduler.digest(oldest, self._workers.collect()))
+            oldest, result = self._flights.popleft(), self._workers.collect()
+            result.errors |= self._grammars.take_errors(oldest.step)
+            self._emit(self._scheduler.digest(oldest, result))
 
     def _take(self, sender: bytes, message: wire.ToEngine) -> None:
         if isinstance(message, wire.Submit):
@@ -200,6 +201,7 @@ class Grammars:
         self._masks: GrammarMasks | None = None
         self._matchers: dict[str, Any] = {}
         self._by_slot: dict[int, str] = {}
+        self._errors: dict[int, dict[int, str]] = {}  # by step and slot
 
     def add(self, request_id: str, grammar: str) -> None:
         if self._masks is None:
@@ -218,8 +220,9 @@ class Grammars:
                 matcher.accept(token)
 
     def masks(self, schedule: Schedule) -> np.ndarray | None:
-        """Packed bitmasks beside the sampling positions, where a step needs them; those without a grammar allow all.
-        Must see every schedule: a slot's tenant may arrive in one step and sample in a later one."""
+        """Packed bitmasks beside the sampling positions, where a step needs them; those without a grammar allow all,
+        and so do those whose grammar fails: `take_errors` tells of them. Must see every schedule: a slot's tenant may
+        arrive in one step and sample in a later one."""
         self._by_slot.update((init.slot, init.id) for init in schedule.inits)
         if not schedule.needs_masks:
             return None
@@ -228,8 +231,15 @@ class Grammars:
         for i, slot in enumerate(slots):
             matcher = self._matchers.get(self._by_slot.get(slot, ""))
             if matcher is not None:
-                matcher.fill_mask(mask_LW[i])
+                try:
+                    matcher.fill_mask(mask_LW[i])
+                except GrammarError as error:
+                    self._errors.setdefault(schedule.step, {})[slot] = str(error)
         return mask_LW
+
+    def take_errors(self, step: int) -> dict[int, str]:
+        """Sentences for the slots whose grammar failed in a step."""
+        return self._errors.pop(step, {})
 
 
 def build_engine(
@@ -293,6 +303,7 @@ class SocketServer:
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.linger = 1000
+        self._socket.set_hwm(0)  # a client that is slow to read misses nothing
         self._socket.bind(address)
         self._clients: set[bytes] = set()
         self.parent = os.getppid()

@@ -138,11 +138,6 @@ class Scheduler:
             ends.append(self._finish(seq, Output(seq.request.id, error=message, error_kind="OverloadedError"), "error"))
         return ends
 
-    def fail_running(self, message: str) -> list[Output]:
-        """The device lost its steps in flight: end every running request with an error. Waiting ones stay."""
-        self._flights.clear()
-        return [self._finish(seq, Output(seq.request.id, error=message), "error") for seq in list(self._running)]
-
     # ---- steps -------------------------------------------------------------------------------------------------
 
     def schedule(self) -> Schedule | None:

@@ -121,15 +121,10 @@ class Sessions:
         saved = SavedSessions(VERSION, self.model, {i: s.tokens.tobytes() for i, s in self._sessions.items()})
         if not path.parent.is_dir():
             raise UsageError(f"Sessions cannot be saved to {path}: make the folder {path.parent} first.")
-        with NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            try:
-                file.write(msgspec.msgpack.encode(saved))
-                file.flush()
-                os.fsync(file.fileno())
-                os.replace(file.name, path)
-            except BaseException:
-                os.unlink(file.name)
-                raise
+        try:
+            _write_whole(path, msgspec.msgpack.encode(saved))
+        except OSError as error:
+            raise UsageError(f"Sessions cannot be saved to {path} ({error.strerror}): choose another folder.") from None
 
     def restore(self, path: Path) -> int:
         """Add the sessions of a file and return their number; those of the same name are replaced. Raises `UsageError`
@@ -146,6 +141,18 @@ class Sessions:
     def _touch(self, session_id: str) -> None:
         self._sessions[session_id].used = self.clock()
         self._sessions.move_to_end(session_id)
+
+
+def _write_whole(path: Path, data: bytes) -> None:
+    with NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        try:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
 
 
 def _read(path: Path, model: str) -> dict[str, array]:

@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 from starlette.requests import Request
 
 from pagoda.config import ServeConfig
-from pagoda.engine.client import EngineClient, SocketTransport
+from pagoda.engine.client import EngineClient
+from pagoda.engine.transports import SocketTransport
 from pagoda.errors import EngineDeadError, NotFoundError, OverloadedError, PagodaError
 from pagoda.log import get_logger
 from pagoda.offline import Pipeline, Prepared

@@ -148,9 +148,8 @@ class EventStream(Response):
         self._first, self._pieces, self._generation, self._writer = first, pieces, generation, writer
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-
         async def run() -> None:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             try:
                 await _send(send, self._writer.take(*self._first))
                 async for index, piece in self._pieces:

@@ -13,7 +13,8 @@ from types import FrameType
 from typing import Any
 
 from pagoda.config import EngineConfig, ServeConfig
-from pagoda.engine.client import EngineClient, SocketTransport, spawn_engine
+from pagoda.engine.client import EngineClient
+from pagoda.engine.transports import SocketTransport, spawn_engine
 from pagoda.errors import ConfigError, EngineDeadError
 from pagoda.log import get_logger
 from pagoda.models.find import resolve_model
