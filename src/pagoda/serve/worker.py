@@ -16,9 +16,9 @@ from pagoda.config import ServeConfig
 from pagoda.errors import ConfigError
 from pagoda.serve.app import make_app
 from pagoda.serve.backend import Backend
+from pagoda.serve.bounded_http import BoundedHttp
 from pagoda.serve.logs import setup_json_logging
 
-MAX_HEADER_BYTES = 64 << 10
 LAST_SECONDS = 1.0
 """After the drain: time for aborted answers to say so."""
 
@@ -46,7 +46,7 @@ def uvicorn_config(backend: Backend, config: ServeConfig) -> uvicorn.Config:
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+        http=BoundedHttp,
         timeout_keep_alive=75,
         timeout_graceful_shutdown=int(config.drain_seconds + LAST_SECONDS + 0.999),
         ssl_certfile=config.ssl_certfile,
