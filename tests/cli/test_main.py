@@ -73,6 +73,7 @@ MISTAKES = [
     (["convert", "no-such-template", "."], "no chat template called"),
     (["convert", "a", "b", "c"], "not 3 words"),
     (["convert"], "required"),
+    (["convert", "mini", "--model-format", "awq"], "format is hf, not awq"),
 ]
 
 

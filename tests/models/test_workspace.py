@@ -223,14 +223,19 @@ def test_a_workspace_cannot_be_converted_again(checkpoint, tmp_path):
 
 
 def test_a_format_that_is_not_the_checkpoints_is_refused(checkpoint, tmp_path):
-    for given, word in (({"model_format": "awq"}, "is hf, not awq"), ({"model_format": "llama"}, "unknown")):
+    for given, word in (
+        ({"model_format": "awq"}, "is hf, not awq"),
+        ({"model_format": "llama"}, "unknown"),
+        ({"group_size": 64}, "no groups"),
+    ):
         with pytest.raises(ModelError, match=word):
             write_workspace(checkpoint, tmp_path / "workspace", CONFIG, **given)
     config = checkpoint / "config.json"
     quant = {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm"}
     config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": quant}))
-    with pytest.raises(ModelError, match="128 inputs, not 64"):
-        write_workspace(checkpoint, tmp_path / "workspace", CONFIG, model_format="awq", group_size=64)
+    for named in ({"model_format": "awq"}, {}):
+        with pytest.raises(ModelError, match="128 inputs, not 64"):
+            write_workspace(checkpoint, tmp_path / "workspace", CONFIG, **named, group_size=64)
     assert not (tmp_path / "workspace").exists()
 
 

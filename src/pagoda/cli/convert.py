@@ -24,19 +24,6 @@ def make_parser(prog: str) -> Parser:
     return parser
 
 
-def _check_format(folder: Path, config: EngineConfig, wanted: str | None, group_size: int | None) -> None:
-    """`UsageError` when the checkpoint is not what the flags say it is."""
-    from pagoda.models.spec import read_spec
-
-    quant = read_spec(folder, config).quant
-    found = "hf" if quant is None else quant.method
-    if wanted is not None and found != {"llama": "hf"}.get(wanted, wanted):
-        raise UsageError(f"{folder} is of format {found}, not {wanted}: leave out --model-format.")
-    if group_size and (quant is None or quant.group_size != group_size):
-        has = "no groups" if quant is None else f"groups of {quant.group_size}"
-        raise UsageError(f"The weights of {folder} have {has}, not of {group_size}: leave out --group-size.")
-
-
 def run(args: argparse.Namespace) -> int:
     if len(args.words) > 2:
         raise UsageError(f"convert takes [NAME] MODEL, not {len(args.words)} words.")
@@ -50,10 +37,10 @@ def run(args: argparse.Namespace) -> int:
     from pagoda.models.find import resolve_model
 
     folder, dst = resolve_model(model), Path(args.dst_path)
-    _check_format(folder, config, args.model_format, args.group_size)
     from pagoda.models.convert import write_workspace
 
     with progress_bar("converting") as progress:
-        write_workspace(folder, dst, config, name, progress)
+        form = {"llama": "hf"}.get(args.model_format, args.model_format)
+        write_workspace(folder, dst, config, name, progress, model_format=form, group_size=args.group_size or 0)
     print(f"{dst} is ready: `pagoda chat {dst}`.")
     return 0

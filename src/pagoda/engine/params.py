@@ -67,6 +67,7 @@ def sampling_params(
     bad += [(token,) for token in id_list(defaults.get("suppress_tokens"))]
     _check_ids(info.vocab_size, "stop_token_ids", gen.stop_token_ids or ())
     _check_ids(info.vocab_size, "logit_bias", gen.logit_bias or ())
+    possible = range(info.vocab_size)  # a tokenizer or a model's file may know more than there are logits
     max_tokens = min(room, gen.max_new_tokens or max_new_tokens or room)
     return SamplingParams(
         temperature=given("temperature", 1.0) if sampled else 0.0,
@@ -79,11 +80,11 @@ def sampling_params(
         seed=gen.random_seed if gen.random_seed is not None else secrets.randbits(64),
         max_tokens=max_tokens,
         min_tokens=min(gen.min_new_tokens, max_tokens),
-        stop_ids=tuple(dict.fromkeys((*ends, *(gen.stop_token_ids or ())))),
+        stop_ids=tuple(t for t in dict.fromkeys((*ends, *(gen.stop_token_ids or ()))) if t in possible),
         logprobs=gen.logprobs,
         prompt_logprobs=gen.prompt_logprobs,
         logit_bias=dict(gen.logit_bias or {}),
-        bad_words=tuple(word for word in bad if word),
+        bad_words=tuple(word for word in bad if word and all(t in possible for t in word)),
         grammar=grammar,
     )
 

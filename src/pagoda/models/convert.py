@@ -23,17 +23,16 @@ TEXT_FILES = ("*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja", "additional
 def check_format(spec: ModelSpec, model_format: str | None, group_size: int = 0) -> None:
     """ModelError unless the checkpoint is what the user said it is: `hf` (not quantized), `awq` or `gptq`, in groups of
     `group_size` (0: not said)."""
-    if model_format is None:
-        return
     found, group = (spec.quant.method, spec.quant.group_size) if spec.quant else ("hf", 0)
-    if model_format not in ("hf", "awq", "gptq"):
+    if model_format not in (None, "hf", "awq", "gptq"):
         raise ModelError(
             f"Model format {model_format!r} is unknown: it must be hf, awq or gptq (a Hugging Face folder)."
         )
-    if found not in (model_format, "online"):
+    if model_format is not None and found not in (model_format, "online"):
         raise ModelError(f"The checkpoint's format is {found}, not {model_format}: leave --model-format out.")
-    if group_size and group and group != group_size:
-        raise ModelError(f"The checkpoint's groups are of {group} inputs, not {group_size}: leave --group-size out.")
+    if group_size and group != group_size:
+        groups = f"groups are of {group} inputs, not {group_size}" if group else "weights have no groups"
+        raise ModelError(f"The checkpoint's {groups}: leave --group-size out.")
 
 
 def write_workspace(

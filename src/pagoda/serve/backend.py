@@ -62,9 +62,14 @@ class Backend:
             self._transport, self.state = transport, "loading"
         try:
             client = EngineClient(transport)
-            pipe = Pipeline(self.model, chat_template=self.chat_template, engine=client)
-        except PagodaError as error:
+        except PagodaError as error:  # the supervisor tells why
             log.debug("no engine: %s", error)
+            return
+        try:
+            pipe = Pipeline(self.model, chat_template=self.chat_template, engine=client)
+        except Exception as error:  # the engine runs, but nobody can talk to it from here
+            log.error("the model's text files cannot be read: %s", error)
+            client.close()
             return
         with self._lock:
             if self._transport is transport:

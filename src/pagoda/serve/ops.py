@@ -78,7 +78,8 @@ async def tokenize(request: Request) -> dict[str, Any]:
 @router.post("/detokenize", **documented(DetokenizeBody, "Text of token ids"))
 async def detokenize(request: Request) -> dict[str, str]:
     body = await read_body(request, DetokenizeBody)
-    return {"prompt": request.app.state.backend.pipe.tokenizer.decode(body.tokens, skip_special=False)}
+    backend: Backend = request.app.state.backend
+    return {"prompt": await backend.prepare(backend.pipe.tokenizer.decode, body.tokens, False)}
 
 
 @router.post("/abort", **documented(AbortBody, "End running answers of this key"))
