@@ -76,12 +76,6 @@ class Group:
         gather_into(all_N.flatten(0, 1), x.contiguous(), group=self._ranks)
         return torch.cat(all_N.unbind(), dim)
 
-    def broadcast_(self, x: Tensor, source: int = 0) -> Tensor:
-        """Overwrite `x` on every rank by that of rank `source`."""
-        if self.size > 1:
-            dist.broadcast(x, source, group=self._ranks)
-        return x
-
     def smallest(self, value: int) -> int:
         """The least of the ranks' numbers, on every rank; waits for it."""
         if self.size == 1:

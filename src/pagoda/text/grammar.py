@@ -178,11 +178,6 @@ class GrammarMatcher:
         return self._matcher.consume_token(token)
 
     @property
-    def is_finished(self) -> bool:
-        """Nothing but the end of sequence may follow."""
-        return self._matcher.is_stopped()
-
-    @property
     def is_accepting(self) -> bool:
         """The reply may end here."""
         return self._matcher.is_accepting()
