@@ -7,110 +7,24 @@ import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from pagoda.config import EngineConfig, GenerationConfig
-from pagoda.engine.client import EngineClient, Ticket, start_engine
+from pagoda.engine.client import EngineClient, start_engine
 from pagoda.engine.params import read_generation_defaults, sampling_params
-from pagoda.engine.request import EngineRequest, Output, TokenLogprobs
-from pagoda.errors import NotFoundError, PromptTooLongError, RequestError, named_error
+from pagoda.engine.request import EngineRequest, Output
+from pagoda.errors import PromptTooLongError, RequestError
 from pagoda.models.find import resolve_model, text_folder
 from pagoda.models.workspace import remembered_template
+from pagoda.offline.answering import Answering, Message, Piece, Prepared, Prompt, Reply
+from pagoda.offline.session import Session
 from pagoda.text.stream import TextStream
 from pagoda.text.template import ChatTemplate, load_template
 from pagoda.text.tokenizer import Tokenizer, load_tokenizer
 
-Message = dict[str, Any]
-Prompt = str | Sequence[Message]
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Part of a reply: new `text` and the `token_ids` behind it. The last piece carries `finish_reason`."""
-
-    text: str
-    token_ids: list[int] = field(default_factory=list)
-    finish_reason: str | None = None
-    logprobs: list[TokenLogprobs] | None = None
-
-
-@dataclass
-class Reply:
-    """A whole answer. `finish_reason`: stop, length, tool_calls, abort or error. Lengths count tokens;
-    `cached_token_len` of the input were found in the prefix cache. Times are seconds since the request was made."""
-
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    finish_reason: str | None = None
-    input_token_len: int = 0
-    cached_token_len: int = 0
-    generate_token_len: int = 0
-    logprobs: list[TokenLogprobs] | None = None
-    prompt_logprobs: list[TokenLogprobs | None] | None = None
-    first_token_time: float = 0.0
-    total_time: float = 0.0
-
-
-class Prepared(NamedTuple):
-    """A request that is ready to go, and how its tokens become text."""
-
-    request: EngineRequest
-    stop_words: tuple[str, ...]
-    skip_special: bool
-    continues: bool
-
-
-class Answering:
-    """One request on its way: turns the engine's outputs into pieces and fills `reply`."""
-
-    def __init__(self, ticket: Ticket, stream: TextStream, started: float):
-        self.ticket, self.reply, self._stream, self._started = ticket, Reply(), stream, started
-        self._received = 0
-
-    def take(self, output: Output) -> Piece | None:
-        """The piece that an output adds; None when it adds nothing. Raises the error that ended the request."""
-        reply, now = self.reply, time.monotonic() - self._started
-        reply.total_time = now
-        if output.finish_reason == "error":
-            reply.finish_reason = "error"
-            raise named_error(output.error_kind or "EngineError", output.error or "The engine failed on this request.")
-        if output.num_prompt_tokens:
-            reply.input_token_len, reply.cached_token_len = output.num_prompt_tokens, output.num_cached_tokens
-        if output.prompt_logprobs is not None:
-            reply.prompt_logprobs = output.prompt_logprobs
-        if reply.finish_reason is not None:
-            return None
-        if output.token_ids and not reply.token_ids:
-            reply.first_token_time = now
-        text = self._stream.push(output.token_ids)
-        tokens, logprobs, reason = output.token_ids, output.logprobs, output.finish_reason
-        if self._stream.stopped_by is not None:
-            keep = self._stream.num_tokens
-            extra = max(0, self._received + len(tokens) - keep)
-            tokens, reason = tokens[: len(tokens) - extra], "stop"
-            logprobs = logprobs[: len(tokens)] if logprobs is not None else None
-            if output.finish_reason is None:
-                self.ticket.abort(keep)
-        elif reason is not None:
-            text += self._stream.flush()
-        self._received += len(output.token_ids)
-        reply.text += text
-        reply.token_ids += tokens
-        reply.generate_token_len = len(reply.token_ids)
-        if logprobs is not None:
-            reply.logprobs = (reply.logprobs or []) + logprobs
-        reply.finish_reason = reason
-        if not text and not tokens and reason is None:
-            return None
-        return Piece(text, tokens, reason, logprobs)
-
-    def read(self) -> None:
-        """Take all outputs."""
-        for output in self.ticket:
-            self.take(output)
+__all__ = ["Answering", "Message", "Piece", "Pipeline", "Prepared", "Prompt", "Reply", "Session", "pipeline"]
 
 
 class Pipeline:
@@ -174,14 +88,14 @@ class Pipeline:
         self, prompt: Prompt, gen_config: GenerationConfig | None = None, *, do_preprocess: bool = True
     ) -> Iterator[Piece]:
         """Answer one prompt piece by piece. Leaving the loop ends the request."""
-        yield from _pieces(self.start(prompt, gen_config, do_preprocess=do_preprocess))
+        yield from self.start(prompt, gen_config, do_preprocess=do_preprocess).pieces()
 
     async def acall(
         self, prompt: Prompt, gen_config: GenerationConfig | None = None, *, do_preprocess: bool = True
     ) -> Reply:
         """`__call__` for one prompt in an event loop; cancelling it ends the request."""
         answering = self.start(prompt, gen_config, do_preprocess=do_preprocess)
-        async for _ in _apieces(answering):
+        async for _ in answering.apieces():
             pass
         return answering.reply
 
@@ -189,7 +103,7 @@ class Pipeline:
         self, prompt: Prompt, gen_config: GenerationConfig | None = None, *, do_preprocess: bool = True
     ) -> AsyncIterator[Piece]:
         """`stream` in an event loop."""
-        async for piece in _apieces(self.start(prompt, gen_config, do_preprocess=do_preprocess)):
+        async for piece in self.start(prompt, gen_config, do_preprocess=do_preprocess).apieces():
             yield piece
 
     def session(self, session_id: str | None = None, system: str | None = None) -> "Session":
@@ -310,90 +224,6 @@ class Pipeline:
         self.close()
 
 
-class Session:
-    """A conversation: each turn sends only its new text, the engine supplies the rest from its cache or recomputes it.
-
-    `history` is the messages so far. A turn that was aborted keeps what was received.
-    """
-
-    def __init__(self, pipe: Pipeline, session_id: str | None, system: str | None):
-        self.id = session_id or uuid.uuid4().hex
-        self.history: list[Message] = [{"role": "system", "content": system}] if system else []
-        self._pipe = pipe
-        self._rendered = ""  # all text that the engine holds for this session
-        self._held = 0  # tokens that it holds
-
-    def __call__(self, text: str, gen_config: GenerationConfig | None = None) -> Reply:
-        """Say something and wait for the whole reply."""
-        answering = self.start(text, gen_config)
-        try:
-            for _ in _pieces(answering):
-                pass
-        finally:
-            self.finish(text, answering)
-        return answering.reply
-
-    def stream(self, text: str, gen_config: GenerationConfig | None = None) -> Iterator[Piece]:
-        """Say something and get the reply piece by piece. Leaving the loop stops the reply and keeps what came."""
-        answering = self.start(text, gen_config)
-        try:
-            yield from _pieces(answering)
-        finally:
-            self.finish(text, answering)
-
-    def start(self, text: str, gen_config: GenerationConfig | None = None) -> Answering:
-        """Submit a turn; pair it with `finish`."""
-        template = self._pipe.template
-        full = template.render([*self.history, {"role": "user", "content": text}])
-        if self._rendered and (not full.startswith(self._rendered) or not self._is_held()):
-            # The template rewrites history (it drops old reasoning, say), or the engine has forgotten it (a session
-            # lives for `session_ttl`): begin anew, the prefix cache helps.
-            self._pipe.engine.call("delete_session", session_id=self.id)
-            self._rendered, self._held = "", 0
-        if self._rendered:
-            new_ids = self._pipe.tokenizer.encode_continuation(full[len(self._rendered) :])
-        else:
-            new_ids = self._pipe.encode_rendered(full)
-        prepared = self._pipe.prepare(
-            new_ids,
-            gen_config,
-            stop_words=template.stop_words,
-            session_id=self.id,
-            history_len=self._held,
-            max_new_tokens=None,
-        )
-        answering = self._pipe.launch(prepared)
-        self._pending = (full, self._held + len(new_ids))
-        return answering
-
-    def _is_held(self) -> bool:
-        """Whether the engine still holds what this session believes."""
-        try:
-            return len(self._pipe.engine.call("session_tokens", session_id=self.id)) == self._held
-        except NotFoundError:
-            return False
-
-    def finish(self, text: str, answering: Answering) -> None:
-        """Take the reply into the history; a turn that failed leaves no trace, here as in the engine."""
-        full, held = self._pending
-        reply = answering.reply
-        if reply.finish_reason == "error":
-            return
-        self.history += [{"role": "user", "content": text}, {"role": "assistant", "content": reply.text}]
-        self._rendered, self._held = full + reply.text, held + len(reply.token_ids)
-
-    def close(self) -> None:
-        """Forget the conversation."""
-        self._pipe.engine.call("delete_session", session_id=self.id)
-        self.history, self._rendered, self._held = [], "", 0
-
-    def __enter__(self) -> "Session":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
 def pipeline(
     model: str | Path = "mini",
     backend_config: EngineConfig | None = None,
@@ -417,27 +247,3 @@ def _is_many(prompts: Any) -> bool:
     if not isinstance(prompts, (list, tuple)):
         raise RequestError("A prompt is a text, a list of messages, or a list of these.", "prompts")
     return not prompts or not all(isinstance(p, dict) for p in prompts)
-
-
-def _pieces(answering: Answering) -> Iterator[Piece]:
-    try:
-        for output in answering.ticket:
-            piece = answering.take(output)
-            if piece is not None:
-                yield piece
-    finally:
-        if answering.reply.finish_reason is None:
-            answering.ticket.abort(len(answering.reply.token_ids))
-            answering.reply.finish_reason = "abort"
-
-
-async def _apieces(answering: Answering) -> AsyncIterator[Piece]:
-    try:
-        async for output in answering.ticket:
-            piece = answering.take(output)
-            if piece is not None:
-                yield piece
-    finally:
-        if answering.reply.finish_reason is None:
-            answering.ticket.abort(len(answering.reply.token_ids))
-            answering.reply.finish_reason = "abort"
