@@ -116,3 +116,28 @@ def test_idle_sessions_expire_and_busy_ones_do_not():
     sessions.expire()
     assert {s.id for s in sessions.list()} == {"a", "busy"}
     assert [s.idle for s in sessions.list() if s.id == "a"] == [3.0] and sessions.tokens("a") == [1]
+
+
+def test_memory_is_bounded_and_the_longest_idle_go_first():
+    sessions = Sessions(max_sessions=3, max_tokens=10)
+    for i in range(5):
+        sessions.begin(f"s{i}", f"r{i}")
+        sessions.end(f"s{i}", f"r{i}", [1, 2], 1)
+        sessions.expire()
+    assert [s.id for s in sessions.list()] == ["s2", "s3", "s4"]
+    sessions.begin("s4", "r")
+    sessions.end("s4", "r", list(range(9)), 1)
+    sessions.expire()
+    assert [s.id for s in sessions.list()] == ["s4"]
+    sessions.delete("s4")
+    assert sessions._num_tokens == 0
+
+
+def test_a_file_with_foreign_ids_is_refused(tmp_path):
+    large = Sessions(vocab_size=100)
+    large.begin("s", "r")
+    large.end("s", "r", [5, 99], 1)
+    large.save(tmp_path / "file")
+    assert Sessions(vocab_size=100).restore(tmp_path / "file") == 1
+    with pytest.raises(UsageError, match="another model"):
+        Sessions(vocab_size=99).restore(tmp_path / "file")

@@ -267,7 +267,7 @@ def build_engine(
             max_queued=config.max_queued_requests or 4 * config.max_batch_size,
             cache_variant=spec.rope.variant,
         ),
-        Sessions(model=str(model), ttl=config.session_ttl),
+        Sessions(model=str(model), ttl=config.session_ttl, vocab_size=spec.vocab_size),
     )
     eos = dict.fromkeys((*spec.eos_ids, *id_list(read_generation_defaults(text).get("eos_token_id"))))
     info = wire.EngineInfo(

@@ -21,6 +21,8 @@ from msgspec import Struct
 from pagoda.errors import SessionBusyError, UsageError
 
 VERSION = 1
+MAX_SESSIONS = 100_000
+MAX_TOKENS = 1 << 28  # 1 GiB of token ids
 
 
 class SessionInfo(Struct):
@@ -50,10 +52,21 @@ class Session:
 
 
 class Sessions:
-    """All sessions of one engine. `model` labels saved files; `ttl` is in seconds."""
+    """All sessions of one engine. `model` labels saved files; `ttl` is in seconds. Beyond `max_sessions`, or
+    `max_tokens` of history in all, those that were idle for the longest are forgotten first."""
 
-    def __init__(self, model: str = "", ttl: float = 3600.0, clock: Callable[[], float] = time.monotonic):
-        self.model, self.ttl, self.clock = model, ttl, clock
+    def __init__(
+        self,
+        model: str = "",
+        ttl: float = 3600.0,
+        clock: Callable[[], float] = time.monotonic,
+        vocab_size: int = 2**31,
+        max_sessions: int = MAX_SESSIONS,
+        max_tokens: int = MAX_TOKENS,
+    ):
+        self.model, self.ttl, self.clock, self.vocab_size = model, ttl, clock, vocab_size
+        self.max_sessions, self.max_tokens = max_sessions, max_tokens
+        self._num_tokens = 0  # of all committed histories
         self._sessions: OrderedDict[str, Session] = OrderedDict()  # by time of last use
 
     def __len__(self) -> int:
@@ -89,6 +102,7 @@ class Sessions:
             return
         session.turn = None
         if tokens is not None:
+            self._num_tokens += len(tokens) - len(session.tokens)
             session.tokens = array("i", tokens)
             session.last_turn, session.last_prompt_len = request_id, prompt_len
         self._touch(session_id)
@@ -97,20 +111,26 @@ class Sessions:
         """A client stopped reading a turn that had just ended: keep what it received. Later turns are not touched."""
         for session in self._sessions.values():
             if session.last_turn == request_id and session.turn is None:
+                self._num_tokens -= len(session.tokens)
                 del session.tokens[session.last_prompt_len + max(0, keep_tokens) :]
+                self._num_tokens += len(session.tokens)
                 return
 
     def delete(self, session_id: str) -> bool:
         """Forget a session; a running turn goes on but leaves no trace. False if there is none."""
-        return self._sessions.pop(session_id, None) is not None
+        session = self._sessions.pop(session_id, None)
+        if session is not None:
+            self._num_tokens -= len(session.tokens)
+        return session is not None
 
     def expire(self) -> None:
-        """Forget the sessions that were idle for longer than `ttl`."""
+        """Forget the sessions that were idle for longer than `ttl`, and the oldest ones beyond the limits."""
         while self._sessions:
             session_id, session = next(iter(self._sessions.items()))
-            if session.turn is not None or self.clock() - session.used <= self.ttl:
+            full = len(self._sessions) > self.max_sessions or self._num_tokens > self.max_tokens
+            if session.turn is not None or (self.clock() - session.used <= self.ttl and not full):
                 return
-            del self._sessions[session_id]
+            self.delete(session_id)
 
     def list(self) -> "list[SessionInfo]":
         now = self.clock()
@@ -130,11 +150,16 @@ class Sessions:
         """Add the sessions of a file and return their number; those of the same name are replaced. Raises `UsageError`
         for a missing, damaged, newer or foreign file and `SessionBusyError`, having changed nothing."""
         saved = _read(path, self.model)
+        ends = [end for tokens in saved.values() if tokens for end in (min(tokens), max(tokens))]
+        if not all(0 <= token < self.vocab_size for token in ends):
+            raise UsageError(f"{path} holds token ids that the model does not have: it was saved with another model.")
         busy = [i for i in saved if i in self._sessions and self._sessions[i].turn is not None]
         if busy:
             raise SessionBusyError(f"Session {busy[0]!r} is still answering: wait for its turn to end or abort it.")
         for session_id, tokens in saved.items():
+            self.delete(session_id)
             self._sessions[session_id] = Session(tokens)
+            self._num_tokens += len(tokens)
             self._touch(session_id)
         return len(saved)
 

@@ -15,7 +15,7 @@ from typing import Any
 from pagoda.config import EngineConfig, ServeConfig
 from pagoda.engine.client import EngineClient
 from pagoda.engine.transports import SocketTransport, spawn_engine
-from pagoda.errors import ConfigError, EngineDeadError
+from pagoda.errors import ConfigError, EngineDeadError, PagodaError
 from pagoda.log import get_logger
 from pagoda.models.find import resolve_model
 from pagoda.serve.middleware import read_keys
@@ -80,6 +80,7 @@ class Supervisor:
             raise ConfigError("TLS needs both ssl_certfile and ssl_keyfile.")
         self._workers: list[subprocess.Popen[bytes]] = []
         self._deaths: deque[float] = deque()
+        self._served = False  # an engine of ours has been ready once
         self._client: EngineClient | None = None
         self._state = ""
 
@@ -130,9 +131,14 @@ class Supervisor:
         self._tell_all("start", address=transport.address)
         try:
             self._client = EngineClient(transport)
-        except BaseException:
+        except BaseException as error:
             transport.close()
-            raise
+            if not (self._served and isinstance(error, PagodaError)):
+                raise  # the first start: what is wrong is the user's to mend
+            log.error("the engine could not start again: %s", error)
+            self._tell_all("down")
+            return self._count_death("the starting engine")
+        self._served = True
         self._report(self._client)
         self._attend(self._client, transport)
         self._tell_all("down")
