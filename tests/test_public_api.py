@@ -41,5 +41,10 @@ def test_engine_config_speaks_of_unknown_and_wrong_values() -> None:
     assert pagoda.EngineConfig(quant_policy=4).quant_policy == "int4"
     assert pagoda.EngineConfig(quant_policy=8).quant_policy == "int8"
     assert pagoda.EngineConfig(enable_prefix_caching="False").enable_prefix_caching is False
+    for wrong in ({"top_k": True}, {"min_new_tokens": 1.0}, {"random_seed": 2**64}, {"logprobs": 21}):
+        with pytest.raises(pagoda.PagodaError, match=next(iter(wrong))):
+            pagoda.GenerationConfig(**wrong)
+    with pytest.raises(pagoda.PagodaError, match="server_port"):
+        pagoda.ServeConfig(server_port=1.5)
     with pytest.raises(pagoda.PagodaError, match="temperature"):
         pagoda.GenerationConfig(temperature=float("nan"))

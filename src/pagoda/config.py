@@ -41,8 +41,8 @@ def _positive(v: Any) -> bool:
     return isinstance(v, int) and not isinstance(v, bool) and v > 0
 
 
-def _natural(v: Any) -> bool:
-    return isinstance(v, int) and not isinstance(v, bool) and v >= 0
+def _whole(low: int, high: float = math.inf) -> Callable[[Any], bool]:
+    return lambda v: isinstance(v, int) and not isinstance(v, bool) and low <= v <= high
 
 
 def _none_or(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
@@ -174,7 +174,7 @@ class EngineConfig(Checked):
     executor: str = knob("local", "how ranks are started: local processes, or Ray actors", choices=("local", "ray"))
     speculative_ngram: int = knob(
         0, "prompt-lookup speculation: tokens guessed a step from repeated text; 0: off",
-        check=lambda v: isinstance(v, int) and 0 <= v <= 16, rule="0 to 16",
+        check=_whole(0, 16), rule="0 to 16",
     )  # fmt: skip
     session_ttl: float = knob(
         3600.0, "seconds after its last turn until an idle session is forgotten", check=lambda v: _finite(v) and v > 0,
@@ -200,9 +200,7 @@ class GenerationConfig(Checked):
         None, "most tokens to generate; default 512, in a chat the rest of the session", check=_none_or(_positive),
         rule="1 or more",
     )  # fmt: skip
-    min_new_tokens: int = knob(
-        0, "no end of sequence before this many tokens", check=lambda v: isinstance(v, int) and v >= 0, rule="0 or more"
-    )
+    min_new_tokens: int = knob(0, "no end of sequence before this many tokens", check=_whole(0), rule="0 or more")
     do_sample: bool | None = knob(
         None, "False: always the most likely token", parse=lambda v: None if v is None else parse_bool(v)
     )
@@ -212,7 +210,7 @@ class GenerationConfig(Checked):
     )  # fmt: skip
     top_k: int | None = knob(
         None, "sample among this many most likely tokens; 0: all",
-        check=_none_or(lambda v: isinstance(v, int) and v >= 0), rule="0 or more",
+        check=_none_or(_whole(0)), rule="0 or more",
     )  # fmt: skip
     top_p: float | None = knob(
         None, "sample among the most likely tokens that hold this share",
@@ -234,7 +232,7 @@ class GenerationConfig(Checked):
     )
     random_seed: int | None = knob(
         None, "equal seeds give equal replies",
-        check=_none_or(lambda v: isinstance(v, int) and not isinstance(v, bool) and 0 <= v < 2**64),
+        check=_none_or(_whole(0, 2**64 - 1)),
         rule="a whole number from 0 to 2^64-1",
     )  # fmt: skip
     stop_words: list[str] | None = knob(
@@ -265,11 +263,11 @@ class GenerationConfig(Checked):
     skip_special_tokens: bool = knob(True, "leave special tokens out of the text", parse=parse_bool)
     logprobs: int | None = knob(
         None, "log-probabilities of the chosen token (0) and of this many most likely ones; default: none",
-        check=_none_or(lambda v: isinstance(v, int) and not isinstance(v, bool) and 0 <= v <= 20), rule="0 to 20",
+        check=_none_or(_whole(0, 20)), rule="0 to 20",
     )  # fmt: skip
     prompt_logprobs: int | None = knob(
         None, "the same for the tokens of the prompt",
-        check=_none_or(lambda v: isinstance(v, int) and not isinstance(v, bool) and 0 <= v <= 20), rule="0 to 20",
+        check=_none_or(_whole(0, 20)), rule="0 to 20",
         cli=False,
     )  # fmt: skip
     response_format: dict[str, Any] | None = knob(
@@ -277,7 +275,7 @@ class GenerationConfig(Checked):
         "{type: choice, choices: [...]} or {type: grammar, grammar: ...}", cli=False,
     )  # fmt: skip
     priority: int = knob(
-        0, "requests with a lower number run first", check=lambda v: isinstance(v, int) and abs(v) < 2**31,
+        0, "requests with a lower number run first", check=_whole(-(2**31) + 1, 2**31 - 1),
         rule="a whole number", cli=False,
     )  # fmt: skip
     cache_salt: str | None = knob(
@@ -291,21 +289,21 @@ class ServeConfig(Checked):
     """How the API server listens, and what it refuses."""
 
     server_name: str = knob("127.0.0.1", "address to listen on; 0.0.0.0 for all")
-    server_port: int = knob(23333, "port to listen on; 0: any free one", check=_between(0, 65535), rule="0 to 65535")
+    server_port: int = knob(23333, "port to listen on; 0: any free one", check=_whole(0, 65535), rule="0 to 65535")
     model_name: str | None = knob(None, "name under which the model is listed; default: its folder's name")
     api_keys: list[str] | None = knob(None, "keys that clients must send, or @PATH of a file; also PAGODA_API_KEYS")
     allow_origins: list[str] | None = knob(None, "origins that browsers may call from (CORS); default: none")
     ssl_certfile: str | None = knob(None, "TLS certificate file")
     ssl_keyfile: str | None = knob(None, "TLS key file")
     log_level: str = knob("info", "least severe messages shown", choices=("debug", "info", "warning", "error"))
-    max_log_len: int = knob(0, "characters of each prompt to log; 0: none", check=_natural, rule="0 or more")
+    max_log_len: int = knob(0, "characters of each prompt to log; 0: none", check=_whole(0), rule="0 or more")
     max_body_bytes: int = knob(8 << 20, "largest request body", check=_positive, rule="1 or more")
     max_concurrent_per_key: int = knob(
-        0, "requests one key may have open; 0: no limit", check=lambda v: v >= 0, rule="0 or more"
+        0, "requests one key may have open; 0: no limit", check=_whole(0), rule="0 or more"
     )
     replicas: int = knob(
         0, "copies of the whole engine behind one address, by Ray Serve; 0: one engine, without Ray",
-        check=_natural, rule="0 or more",
+        check=_whole(0), rule="0 or more",
     )  # fmt: skip
     max_replicas: int | None = knob(
         None, "with replicas: start more of them when they are busy, up to this number", check=_none_or(_positive),
