@@ -68,8 +68,9 @@ class Pipeline:
         `do_preprocess=False` sends the text as it is, without the chat template.
         """
         many = _is_many(prompts)
-        batch = list(prompts) if many else [prompts]
-        most, running = self.engine.info.max_queued, []  # more at once would be refused
+        batch: list[Any] = list(prompts) if many else [prompts]
+        most = self.engine.info.max_queued  # more at once would be refused
+        running: list[Answering] = []
         try:
             for i, prompt in enumerate(batch):
                 if i >= most:
