@@ -7,10 +7,10 @@ plain data travels between them.
 import asyncio
 import json
 import signal
-import threading
 from collections.abc import AsyncIterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from ray import serve
@@ -31,6 +31,7 @@ from pagoda.serve.backend import Backend
 from pagoda.serve.error_map import error_body, error_response
 from pagoda.serve.logs import setup_json_logging
 from pagoda.serve.routing import Keys, Routing, keys_of
+from pagoda.serve.supervisor import Stopped
 
 ATTEMPTS = 3
 APPLICATION = "pagoda"
@@ -247,15 +248,24 @@ def run_replicas(model: str, engine: EngineConfig, config: ServeConfig, chat_tem
             )
     http = HTTPOptions(host=config.server_name, port=config.server_port, request_timeout_s=config.request_seconds)
     serve.start(http_options=http)
-    ended = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: ended.set())
-    serve.run(application(models, engine, config, chat_template, own_gpus), name=APPLICATION, route_prefix="/")
+        signal.signal(number, _stop)
     names = ", ".join(models)
-    print(
-        f"serving {names} by {config.replicas} replicas at http://{config.server_name}:{config.server_port}", flush=True
-    )
-    while not ended.wait(1.0):
-        pass
-    serve.shutdown()
-    return 0
+    try:
+        serve.run(application(models, engine, config, chat_template, own_gpus), name=APPLICATION, route_prefix="/")
+        print(
+            f"serving {names} by {config.replicas} replicas at http://{config.server_name}:{config.server_port}",
+            flush=True,
+        )
+        while True:
+            signal.pause()
+    except Stopped:
+        return 0
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+        serve.shutdown()
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise Stopped
