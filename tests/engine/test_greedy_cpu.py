@@ -32,4 +32,4 @@ def test_greedy_reads_the_vocabulary_once():
     with Reads() as reads:
         chosen = sample(logits_RV, slot_R, state, state.flags(list(range(ROWS))))
     assert chosen.token_R.tolist() == logits_RV.argmax(-1).tolist()
-    assert reads.names == ["argmax"]
+    assert reads.names in (["argmax"], ["detach"]), "one search by torch, or one view handed to numpy's"

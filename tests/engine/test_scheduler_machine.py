@@ -221,7 +221,7 @@ def wander(seed: int, num_moves: int) -> Machine:
     pool = random.choice([2, 5, 7, 13, 29])
     machine.start(pool, random.randint(1, 4), random.choice([1, 3, 7, 64]), random.random() < 0.8, random.randint(1, 3),
                   random.choice([0, 1, 4]))  # fmt: skip
-    moves = ["add"] * 6 + ["step"] * 12 + ["digest"] * 6 + ["abort", "abort", "fail", "row_error", "delete_session"]
+    moves = ["add"] * 6 + ["step"] * 12 + ["digest"] * 6 + ["abort", "abort", "row_error", "delete_session"]
     for _ in range(num_moves):
         move = random.choice([*moves, "allocator_fails_once"])
         if move == "add":
@@ -238,7 +238,7 @@ def wander(seed: int, num_moves: int) -> Machine:
             machine.abort(max(1, machine.num - random.randint(0, 8)), random.choice([None, 0, 1, 2, 3]))
         elif move == "delete_session":
             machine.delete_session(random.choice("st"))
-        elif move not in ("fail", "row_error") or random.random() < 0.2:
+        elif move != "row_error" or random.random() < 0.4:
             getattr(machine, move)()
         machine.ownership()
     machine.teardown()
