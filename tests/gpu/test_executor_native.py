@@ -62,8 +62,7 @@ def test_quantized_caches_agree_with_the_eager_executor(rows, policy):
     ours = steps(executor(make_executor, "qwen3", torch.bfloat16, torch.bfloat16, quant_policy=policy), lens, 2)
     plain = steps(executor(EagerExecutor, "qwen3", torch.float32, torch.bfloat16, quant_policy=policy), lens, 2)
     for our, other in zip(ours, plain, strict=True):
-        # A 4-bit code holds 16 levels: where the two roundings part, a value moves by a fifteenth of its range.
-        assert error(our, other) < (0.1 if policy == "int4" else 0.06)
+        assert error(our, other) < 0.06
 
 
 def copied(step: StepInput) -> StepInput:

@@ -243,7 +243,7 @@ def decode_attention_fused_launch(
     """The Triton kernel; both gains or neither, head_dim a power of two from 32.
 
     merge: parts that are added at a time. Eight win (105 us of a one-row step of A) where the next kernel started at
-    once; behind the later trigger of 4-bit steps four do.
+    once; elsewhere only four was timed.
     """
     merge = merge or (8 if early_launch == 1 else 4)
     rows, width, kv_heads, dim = *block_table_RB.shape, cache.num_kv_heads, cache.head_dim

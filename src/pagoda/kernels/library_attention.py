@@ -1,4 +1,4 @@
-"""Attention of whole prompts by the library: cuDNN through torch, which on a Hopper GPU is the fastest there is.
+"""Attention of whole prompts by the library: cuDNN through torch, the fastest of those measured on an H200.
 
 Contract. `fresh` names rows of a step whose prompt begins in this step: (row, first token, number of tokens), so that a
 row's keys are its own alone. q_THD, the cache (16 bit, no codes) and block_table_RB as in `prefill_attention`; causal,
