@@ -2,9 +2,11 @@
 
 import asyncio
 import os
+import time
 from pathlib import Path
 
 import pytest
+import zmq
 
 from pagoda.engine import wire
 from pagoda.engine.process import SocketServer
@@ -51,3 +53,34 @@ def test_an_event_loop_that_ended_early_costs_nobody_else_an_answer(engines) -> 
     asyncio.run(leave())
     assert list(engine.submit(EngineRequest("next", [5, 6])))[-1].finish_reason == "length"
     assert engine.call("stats") is not None
+
+
+def test_a_client_that_is_killed_has_left(server: SocketServer, tmp_path: Path) -> None:
+    """It says nothing; the server finds out by itself, also when it has news for it, and forgets it."""
+    client = zmq.Context().socket(zmq.DEALER)
+    client.connect(f"ipc://{tmp_path}/engine")
+    client.send(wire.encode(wire.Call(1, "ping")))
+    [(sender, _)] = server.poll(5.0)
+    for news in (True, False):
+        client.close(linger=0)
+        left: list[object] = []
+        deadline = time.monotonic() + 5.0
+        while not left and time.monotonic() < deadline:
+            if news:
+                server.send(sender, wire.Answer(1))
+            left = server.poll(0.1)
+        assert left == [(sender, wire.Leave())]
+        assert not server.poll(1.1) and not server.num_clients
+        client = zmq.Context().socket(zmq.DEALER)
+        client.connect(f"ipc://{tmp_path}/engine")
+        client.send(wire.encode(wire.Call(1, "ping")))
+        [(sender, _)] = server.poll(5.0)
+    client.close(linger=0)
+
+
+def test_a_client_that_left_is_forgotten(server: SocketServer, tmp_path: Path) -> None:
+    transport = SocketTransport(f"ipc://{tmp_path}/engine")
+    transport.receive(0.0)
+    assert server.poll(5.0) and server.num_clients == 1
+    transport.close()
+    assert [message for _, message in server.poll(5.0)] == [wire.Leave()] and server.num_clients == 0

@@ -1,5 +1,6 @@
 """`pagoda serve` as processes: the literal command line, the engine's death, draining."""
 
+import contextlib
 import json
 import os
 import random
@@ -116,8 +117,16 @@ def test_an_engine_that_stands_still_is_told(start) -> None:
 @pytest.mark.slow
 def test_a_worker_that_dies_is_replaced(start) -> None:
     server = start()
-    os.kill(children(server.process.pid, "pagoda.serve.worker")[0], signal.SIGKILL)
+    endless = {**LONG, "max_tokens": 1000}
+    with contextlib.suppress(httpx.TransportError), server.http.stream("POST", "/v1/completions", json=endless) as told:
+        news = told.iter_lines()
+        next(news)
+        os.kill(children(server.process.pid, "pagoda.serve.worker")[0], signal.SIGKILL)
+        list(news)
     server.until("ready", 200)
+    until = time.monotonic() + 3.0
+    while (gauges := gauges_of(server))["requests_running"] or gauges["kv_cache_usage"]:
+        assert time.monotonic() < until, "its requests run on"
     assert server.http.post("/v1/completions", json={"prompt": "a", "max_tokens": 2}).status_code == 200
 
 
@@ -163,15 +172,20 @@ def test_many_streams_a_third_of_which_leave_and_a_log_that_nobody_reads(start) 
     assert ends["done"] > 20 and ends["left"] > 5 and not ends["broken"], ends
     server.until("ready", 200)
     for _ in range(200):
-        gauges = dict(re.findall(r"^pagoda:(\w+)\{.*\} ([\d.]+)$", server.http.get("/metrics").text, re.MULTILINE))
-        if float(gauges["requests_running"]) == 0 and open_files(worker) <= before + 2:
+        gauges = gauges_of(server)
+        if gauges["requests_running"] == 0 and open_files(worker) <= before + 2:
             break
-    assert float(gauges["requests_waiting"]) == float(gauges["kv_cache_usage"]) == float(gauges["sessions"]) == 0
+    assert gauges["requests_waiting"] == gauges["kv_cache_usage"] == gauges["sessions"] == 0
     assert open_files(worker) <= before + 2
     engine = children(server.process.pid, "pagoda.engine.process")[0]
     ends = anyio.run(storm, url, 6.0, engine)
     assert ends["broken"] == 0 and ends["told"] > 50, ends
     server.until("ready", 200)
+
+
+def gauges_of(server: Server) -> dict[str, float]:
+    found = re.findall(r"^pagoda:(\w+)\{.*\} ([\d.]+)$", server.http.get("/metrics").text, re.MULTILINE)
+    return {name: float(value) for name, value in found}
 
 
 def open_files(pid: int) -> int:

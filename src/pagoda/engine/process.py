@@ -43,6 +43,7 @@ Poll = Callable[[float | None], list[tuple[bytes, wire.ToEngine]]]
 Send = Callable[[bytes, wire.FromEngine], None]
 
 IDLE_SECONDS = 1.0
+LOOK_SECONDS = 1.0  # between looks at whether the clients are still there
 
 log = get_logger(__name__)
 
@@ -297,15 +298,20 @@ def start_workers(
 
 
 class SocketServer:
-    """The engine's end of the ZeroMQ connection: one ROUTER socket, any number of clients."""
+    """The engine's end of the ZeroMQ connection: one ROUTER socket, any number of clients. One that is gone without a
+    word, because it was killed, is found at the next message to it, or within a second: `poll` then says its `Leave`.
+    """
 
     def __init__(self, address: str):
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.linger = 1000
         self._socket.set_hwm(0)  # a client that is slow to read misses nothing
+        self._socket.router_mandatory = 1  # what cannot be delivered is told
         self._socket.bind(address)
         self._clients: set[bytes] = set()
+        self._gone: list[tuple[bytes, wire.ToEngine]] = []
+        self._looked = time.monotonic()
         self.parent = os.getppid()
 
     def poll(self, timeout: float | None) -> list[tuple[bytes, wire.ToEngine]]:
@@ -318,13 +324,31 @@ class SocketServer:
             sender, data = self._socket.recv_multipart()
             self._clients.add(sender)
             messages.append((sender, wire.decode_to_engine(data)))
-        return messages
+        if time.monotonic() - self._looked >= LOOK_SECONDS:
+            self._looked = time.monotonic()
+            self.send(b"", wire.Outputs([]))  # no news, but for us
+        gone, self._gone = self._gone, []
+        for sender, message in messages + gone:
+            if isinstance(message, wire.Leave):
+                self._clients.discard(sender)
+        return messages + gone
+
+    @property
+    def num_clients(self) -> int:
+        return len(self._clients)
 
     def send(self, sender: bytes, message: wire.FromEngine) -> None:
         """To one client, or to all when `sender` is empty."""
         data = wire.encode(message)
         for client in [sender] if sender else list(self._clients):
-            self._socket.send_multipart([client, data])
+            try:
+                self._socket.send_multipart([client, data])
+            except zmq.ZMQError as error:
+                if error.errno != zmq.EHOSTUNREACH:
+                    raise
+                if client in self._clients:
+                    self._clients.discard(client)
+                    self._gone.append((client, wire.Leave()))
 
     def close(self) -> None:
         self._socket.close()
