@@ -113,11 +113,31 @@ def test_a_real_vocabulary_of_few_likely_tokens_chosen_in_any_company():
         state.count_S += 1
 
 
-def test_rows_without_numbers_get_some_token():
-    state, slots = make(*[({"temperature": 1.0, "top_k": 5, "top_p": 0.9}, [1], 1)] * 2)
-    scores = torch.stack([torch.full((V,), torch.nan), torch.full((V,), -torch.inf)])
-    chosen = choose_tokens_cpu(scores, slots, state.knob_SK, state.seed_S, state.count_S, True)
-    assert all(0 <= token < V for token in chosen.tolist())
+@pytest.mark.parametrize(
+    "knobs", [{"temperature": 0.0}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 5, "top_p": 0.9}]
+)
+@pytest.mark.parametrize("logprobs", [None, 2])
+def test_rows_without_numbers_get_no_token(knobs, logprobs):
+    state, slots = make(*[({**knobs, "repetition_penalty": 1.5, "logprobs": logprobs}, [1], 1)] * 5)
+    scores = torch.stack([torch.full((V,), value) for value in (torch.nan, -torch.inf, torch.inf, 1.0, 1.0)])
+    scores[3, 7] = torch.nan
+    for _ in range(2):
+        chosen = sample(scores, slots, state, state.flags(slots.tolist())).token_R.tolist()
+        assert chosen[:4] == [-1] * 4 and 0 <= chosen[4] < V
+
+
+def test_a_token_that_was_generated_ever_so_often_stays_penalised():
+    """Counts stop at what their type holds; they do not wrap."""
+    many = 2**15 - 2
+    state, slots = make(({"frequency_penalty": 1.0, "temperature": 0.0}, [1] + [5] * many, 1))
+    scores = torch.zeros(1, V)
+    scores[0, 5] = many + 10.0
+    for _ in range(4):
+        assert sample(scores, slots, state, state.flags([0])).token_R.tolist() == [5]
+    scores[0, 5] = many - 10.0
+    assert sample(scores, slots, state, state.flags([0])).token_R.tolist() != [5]
+    again, _ = make(({"frequency_penalty": 1.0, "temperature": 0.0}, [1] + [5] * (2 * many), 1))
+    assert sample(scores, slots, again, again.flags([0])).token_R.tolist() != [5]
 
 
 @pytest.mark.parametrize("width", [5000, 20000])

@@ -224,3 +224,17 @@ def test_stats_count_times_and_tokens():
     assert (counters.inter_token_time.num, counters.inter_token_time.total) == (2, 1.0)
     assert counters.finished == {"stop": 0, "length": 1, "abort": 0, "error": 0}
     assert scheduler.stats().blocks_used == 0 and scheduler.stats().blocks_cached == 1
+
+
+def test_a_token_that_could_not_be_chosen_ends_its_request_and_its_blocks_are_not_found_again():
+    engine = Engine()
+    bad, good = request("bad", [1, 2, 3, 4, 5] * 3, session="s", seed=7), request("good", [1, 2, 3])
+    choose = engine.device.choose
+    engine.device.choose = lambda last, n, params: -1 if params.seed == 7 and n else choose(last, n, params)
+    assert engine.run(bad, good)[1] == alone(good)
+    assert engine.ends == {"bad": "error", "good": "length"}
+    assert engine.scheduler.sessions.tokens("s") == []
+    engine.device.choose = choose
+    again = request("again", [1, 2, 3, 4, 5] * 3)
+    assert engine.run(again) == [alone(again)]
+    assert engine.cached["again"] == 0

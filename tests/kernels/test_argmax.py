@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pagoda.kernels.argmax import argmax, argmax_launch
+from pagoda.kernels.argmax import argmax, argmax_launch, argmax_reference
 
 
 @pytest.mark.parametrize("part", [64, None])
@@ -19,6 +19,7 @@ def test_the_kernel_finds_what_torch_finds(device, rows, width, part):
 
 
 def test_infinities_zeros_and_what_is_no_number(device):
+    """A row without a finite best value has -1."""
     rows = [
         [-torch.inf] * 130,
         [-torch.inf] * 100 + [-1e30] * 30,
@@ -30,7 +31,13 @@ def test_infinities_zeros_and_what_is_no_number(device):
     ]
     value_RV = torch.tensor(rows, device=device)
     counters = torch.zeros(len(rows), dtype=torch.int32, device=device)
-    found = argmax_launch(value_RV, counters, part=32)
-    assert found.tolist() == [0, 100, 0, 129, 64, 0, 90]
+    for find in (
+        argmax,
+        argmax_reference,
+        lambda *a: argmax_launch(*a, part=32),
+        lambda *a: argmax_launch(*a, part=256),
+    ):
+        args = (value_RV,) if find is argmax_reference else (value_RV, counters)
+        assert find(*args).tolist() == [-1, 100, 0, -1, 64, -1, -1]
     negative = value_RV[5:6].view(torch.int32).bitwise_or(-(2**31)).view(torch.float32)
-    assert 0 <= int(argmax_launch(negative, counters, part=32)) < 130
+    assert int(argmax_launch(negative, counters, part=32)) == -1

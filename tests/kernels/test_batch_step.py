@@ -35,6 +35,7 @@ def test_advance_equals_its_reference(device: torch.device, rows: int, form: str
     sample_R[rows // 2 : rows - 1] = trash  # these do not sample
     kv_len_R = torch.randint(1, 500, (rows + 3,), device=device, dtype=torch.int32)
     token_R = torch.randint(0, 1000, (rows + 3,), device=device)
+    token_R[-4] = -1  # none was chosen
     ours, theirs = ([t.clone() for t in state] for _ in range(2))
     getattr(batch_step, form)(slot_R, kv_len_R, sample_R, token_R, *ours)
     batch_step.advance_rows_reference(slot_R, kv_len_R, sample_R, token_R, *theirs)
@@ -42,6 +43,7 @@ def test_advance_equals_its_reference(device: torch.device, rows: int, form: str
         assert torch.equal(got[:trash], want[:trash])
         assert not torch.equal(got, before)
     assert ours[1][trash] == 0, "trash stays empty"
+    assert (ours[0] >= 0).all(), "the next step reads the embedding of it"
     assert int(ours[2].sum() - state[2].sum()) == int((sample_R != trash).sum())
 
 

@@ -26,7 +26,7 @@ class GuessedStep(NamedTuple):
         """Of each row: how many guesses were right and how many wrong (or behind a wrong one), and the last token that
         counts."""
         token_RG = token_L[self.at_RG]
-        right_R = (token_RG == self.guess_RG).long().cumprod(1).sum(1)
+        right_R = ((token_RG == self.guess_RG) & (token_RG >= 0)).long().cumprod(1).sum(1)
         wrong_R = (self.guess_RG >= 0).sum(1) - right_R
         return right_R, wrong_R, token_RG.gather(1, right_R[:, None])[:, 0]
 

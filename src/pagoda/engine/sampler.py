@@ -33,6 +33,7 @@ from pagoda.layers.parallel import Group
 REPETITION, PRESENCE, FREQUENCY = 4, 5, 6  # columns of knob_SK, after those of kernels/sample.py
 NUM_KNOBS = 8
 TOP_COUNTS = (0, 5, 20)  # how many top log-probabilities a step computes: few values, so that graphs are few
+MOST_COUNT = 2**15 - 1  # a token that was generated more often counts as this often
 COLDEST = 1e-4  # a temperature below is greedy: dividing by it would overflow
 
 
@@ -175,7 +176,7 @@ class PenaltyState:
         prompt, generated = init.history[: init.num_prompt], init.history[init.num_prompt :]
         self.prompt_SV[init.slot].zero_().index_fill_(0, upload(np.unique(np.array(prompt, np.int64))), True)
         token, count = np.unique(np.array(generated, np.int64), return_counts=True)
-        self.count_SV[init.slot].zero_()[upload(token)] = upload(count.astype(np.int16))
+        self.count_SV[init.slot].zero_()[upload(token)] = upload(np.minimum(count, MOST_COUNT).astype(np.int16))
 
     def apply(self, logits_RV: torch.Tensor, slot_R: torch.Tensor, knob_RK: torch.Tensor) -> torch.Tensor:
         """Repetition penalty (transformers' formula: divides positive scores, multiplies negative ones), then presence
@@ -208,7 +209,7 @@ class PenaltyState:
             for slot, token in zip(slot_R.tolist(), token_R):
                 if slot in self._seen and not (self.count_SV[slot, token] > 0 or self.prompt_SV[slot, token]):
                     self._seen[slot] = torch.cat([self._seen[slot], token[None]])
-        self.count_SV.index_put_((slot_R, token_R), self.count_SV[slot_R, token_R] + 1)
+        self.count_SV.index_put_((slot_R, token_R), self.count_SV[slot_R, token_R].clamp(max=MOST_COUNT - 1) + 1)
 
 
 class EditState:
@@ -279,10 +280,10 @@ def sample(
 ) -> Sampled:
     """One token for each row, by the parameters of its slot. The caller advances `state.count_S` (`advance_rows`).
 
-    `logits_RV`: float32, not changed. `mask_RW`: int32, 32 tokens a word, lowest bit first; a clear bit bans the token,
-    and so does the mask's end. `flags` must cover what the slots need: `state.flags(slots)`. `ahead_R`: a slot may have
-    several rows, each for the token so many after its next one; such a slot has neither penalties nor bad words of
-    several tokens, whose state is not followed from row to row.
+    A row without a finite best score has the token -1. `logits_RV`: float32, not changed. `mask_RW`: int32, 32 tokens a
+    word, lowest bit first; a clear bit bans the token, and so does the mask's end. `flags` must cover what the slots
+    need: `state.flags(slots)`. `ahead_R`: a slot may have several rows, each for the token so many after its next one;
+    such a slot has neither penalties nor bad words of several tokens, whose state is not followed from row to row.
     """
     raw_RV = logits_RV
     count_R = state.count_S.index_select(0, slot_R) if flags.edits or ahead_R is not None else None
@@ -311,22 +312,24 @@ def sample(
         return Sampled(token_R)
     total_R1 = raw_RV.logsumexp(-1, keepdim=True)
     top = raw_RV.topk(min(flags.logprobs, raw_RV.shape[1]), -1)
-    own_R = (raw_RV.gather(1, token_R[:, None]) - total_R1).squeeze(1)
+    own_R = (raw_RV.gather(1, token_R[:, None].clamp(min=0)) - total_R1).squeeze(1)
     return Sampled(token_R, own_R, top.values - total_R1, top.indices)
 
 
 def greedy_over_ranks(part_RV: torch.Tensor, state: SamplingState, group: Group) -> Sampled:
     """The most likely token of each row, the first of equals, of logits that the ranks hold side by side: the ranks
-    exchange one value and one id a row. `part_RV`: this rank's, float32, padded past the end of the vocabulary."""
+    exchange one value and one id a row; -1 where a part has no finite best score. `part_RV`: this rank's, float32,
+    padded past the end of the vocabulary."""
     start = group.rank * part_RV.shape[1]
     num_real = min(part_RV.shape[1], state.vocab_size - start)
     if num_real > 0:
         part_RV = part_RV[:, :num_real]
     index_R = argmax(part_RV, state.arrivals_S, state.early_launch)
-    value_R1 = part_RV.gather(1, index_R[:, None])
+    index_R1 = index_R[:, None]
+    mine_R2 = torch.cat([part_RV.gather(1, index_R1.clamp(min=0)), (index_R1 + start).float()], 1)  # exact below 2^24
+    mine_R2 = torch.where(index_R1 < 0, mine_R2.new_tensor([torch.inf, -1.0]), mine_R2)
     if num_real <= 0:
-        value_R1 = torch.full_like(value_R1, -torch.inf)
-    mine_R2 = torch.cat([value_R1, (index_R[:, None] + start).float()], 1)  # ids below 2^24 are exact
+        mine_R2 = torch.full_like(mine_R2, -torch.inf)
     all_NR2 = group.all_gather(mine_R2[None], 0)
     best_1R = all_NR2[..., 0].argmax(0, keepdim=True)
     return Sampled(all_NR2[..., 1].gather(0, best_1R)[0].long())

@@ -4,6 +4,11 @@ from msgspec import Struct
 
 from pagoda.engine.request import SamplingParams, TokenLogprobs
 
+NO_TOKEN = (
+    "No next token could be chosen: the model's scores are not finite numbers, or every token is banned; "
+    "send another prompt, or serve the model with another dtype."
+)
+
 
 class SlotInit(Struct):
     """A slot gets a new tenant, before this step's rows run.
@@ -40,21 +45,23 @@ class Row(Struct):
 
 
 class Schedule(Struct):
-    """One step. Apply in this order: `freed` slots, `inits`, `block_updates` (slot, index in the slot's table, block),
-    then run `rows`: those with `tokens` None first. `needs_masks`: a row that samples belongs to a request with a
-    grammar (all its earlier tokens have been digested)."""
+    """One step. Apply in this order: `cleared` blocks become zeros, `freed` slots, `inits`, `block_updates` (slot,
+    index in the slot's table, block), then run `rows`: those with `tokens` None first. `needs_masks`: a row that
+    samples belongs to a request with a grammar (all its earlier tokens have been digested)."""
 
     step: int
     rows: list[Row]
     inits: list[SlotInit] = []
     block_updates: list[tuple[int, int, int]] = []
     freed: list[int] = []
+    cleared: list[int] = []
     needs_masks: bool = False
 
 
 class StepResult(Struct):
     """What a step yields: `tokens` and `logprobs` (None where not asked) stand beside the positions that sample, in the
-    order of `Schedule.rows`; `prompt_logprobs` by slot; `errors` by slot end a request (sentence for the client)."""
+    order of `Schedule.rows`; `prompt_logprobs` by slot; `errors` by slot end a request (sentence for the client), and
+    so does a token -1: none could be chosen, for no score was finite."""
 
     tokens: list[int]
     logprobs: list[TokenLogprobs | None] | None = None

@@ -13,7 +13,7 @@ from pagoda.engine.lookup import Lookup, may_guess
 from pagoda.engine.metrics import Counters, EngineStats
 from pagoda.engine.prefix import PrefixCache
 from pagoda.engine.request import EngineRequest, FinishReason, Output, check_sizes
-from pagoda.engine.schedule import Row, Schedule, SlotInit, StepResult
+from pagoda.engine.schedule import NO_TOKEN, Row, Schedule, SlotInit, StepResult
 from pagoda.engine.sequence import Launched, Sequence
 from pagoda.engine.sessions import Sessions
 from pagoda.errors import OverloadedError, PagodaError, PromptTooLongError, RequestError
@@ -158,7 +158,7 @@ class Scheduler:
             budget -= self._launch(seq, min(budget, len(seq.tokens) - seq.num_computed), plan, launched)
         if not plan.rows:
             return None
-        plan.freed, self._freed = self._freed, []
+        plan.freed, self._freed, plan.cleared = self._freed, [], self.pool.take_spoilt()
         self._flights.append((plan.step, launched))
         self._num_steps += 1
         self.counters.steps += 1
@@ -303,11 +303,17 @@ class Scheduler:
         seq.num_computed -= wrong
         self.counters.guessed_tokens += len(row.guesses)
         self.counters.accepted_tokens += right
-        return output if reason is None else self._finish(seq, output, reason, len(seq.tokens))
+        if reason == "error":
+            self.pool.spoil(seq.blocks)
+        keep = None if reason == "error" else len(seq.tokens)
+        return output if reason is None else self._finish(seq, output, reason, keep)
 
     def _take(self, seq: Sequence, output: Output, result: StepResult, at: int, now: float) -> FinishReason | None:
         """The next token of a request; why it ends, if it does."""
         params, token = seq.request.params, result.tokens[at]
+        if token < 0:
+            output.error = NO_TOKEN
+            return "error"
         self._count_token(seq, now)
         if token in params.stop_ids and len(seq.tokens) - seq.num_prompt >= params.min_tokens:
             output.stop_id = token

@@ -2,7 +2,8 @@
 
 Contract. `argmax(value_RV, counters, early_launch) -> index_R` (int64, fresh memory). value_RV: float32 [R, V], V of
 1 or more, values of a row contiguous, any row stride; not changed. Of equal values the lowest index wins, as in
-torch; NaN counts as a large value: a row of NaN has an index within it. `counters` int32 [at least R], zero before and
+torch. A row whose largest value is no finite number has -1: one of NaN or -inf alone, one with +inf, and one with a NaN
+that is not negative (those count as large). `counters` int32 [at least R], zero before and
 after, belong to one stream. early_launch (GPU): start before the previous kernel of the stream has ended, and wait for
 it inside. No host synchronisation; the grid depends on shapes alone.
 
@@ -10,6 +11,7 @@ A row is cut into parts over many programs; the last one to arrive compares the 
 Shape letters: R rows, V values, P parts.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +21,14 @@ MAX_PARTS = 256
 
 
 def argmax_reference(value_RV: Tensor) -> Tensor:
-    return value_RV.argmax(-1)
+    best = value_RV.max(-1)
+    return torch.where(best.values.isfinite(), best.indices, -1)
+
+
+@jit
+def _finite_or_none(index, order):
+    """-1 unless a value's order is between those of the infinities."""
+    return tl.where((order < 0x7F800000) & (order > -0x7F800001), index, -1)
 
 
 @jit
@@ -41,7 +50,7 @@ def _argmax_kernel(
     index = tl.min(tl.where(order == best, at, 0x7FFFFFFF), 0)
     winner = best.to(tl.int64) * 0x100000000 + (0x7FFFFFFF - index).to(tl.int64)
     if PARTS == 1:
-        tl.store(out + row, index.to(tl.int64))
+        tl.store(out + row, _finite_or_none(index, best).to(tl.int64))
     else:
         tl.store(part + row * parts + p, winner)
         tl.debug_barrier()
@@ -50,7 +59,8 @@ def _argmax_kernel(
             rp = tl.arange(0, PARTS)
             lowest = -0x8000000000000000
             winners = tl.load(part + row * parts + rp, mask=rp < parts, other=lowest, cache_modifier=".cg")
-            tl.store(out + row, 0x7FFFFFFF - (tl.max(winners, 0) & 0x7FFFFFFF))
+            winner = tl.max(winners, 0)
+            tl.store(out + row, _finite_or_none(0x7FFFFFFF - (winner & 0x7FFFFFFF), winner >> 32))
 
 
 def part_of(rows: int, width: int) -> int:
@@ -81,5 +91,8 @@ def argmax(value_RV: Tensor, counters: Tensor, early_launch: bool = False) -> Te
     if value_RV.is_cuda and HAS_TRITON and value_RV.stride(1) == 1 and rows <= counters.numel():
         return argmax_launch(value_RV, counters, early_launch)
     if not value_RV.is_cuda:  # numpy's takes a tenth of the time of torch's
-        return torch.from_numpy(value_RV.numpy().argmax(-1))
+        values = value_RV.numpy()
+        best = values.argmax(-1)
+        best[~np.isfinite(values[np.arange(len(best)), best])] = -1
+        return torch.from_numpy(best)
     return argmax_reference(value_RV)

@@ -9,9 +9,9 @@ W table width of this step. `slot_R` int64 names each row's slot. State: `last_t
 offset of that position), rope_len_R int32, kv_len_R int32 (position + 1), table_RW int32. Every row's position lies in
 a block below W. early_launch (GPU): the next kernel may start at once, and must wait inside before anything else.
 `advance_rows` after the sampling: writes, in place, kv_len_S[slot] = kv_len_R, but 0 for the trash slot; and for the
-rows whose `sample_slot_R` (int64) is not trash last_token_S[sample_slot] = token_R (int64), count_S[sample_slot] += 1
-(int64: tokens that the slot's request has generated). Slots are distinct, except for trash. early_launch (GPU): start
-before the previous kernel has ended, and wait for it inside.
+rows whose `sample_slot_R` (int64) is not trash last_token_S[sample_slot] = token_R (int64; 0 for -1),
+count_S[sample_slot] += 1 (int64: tokens that the slot's request has generated). Slots are distinct, except for trash.
+early_launch (GPU): start before the previous kernel has ended, and wait for it inside.
 `write_changes`: `packed` int64 holds `num_triples` triples (slot, index in its table, block), then pairs (slot,
 rope_len); all go into block_table_SB and rope_len_S. No cell is named twice.
 """
@@ -54,7 +54,7 @@ def advance_rows_reference(
 ) -> None:  # fmt: skip
     trash = kv_len_S.numel() - 1
     kv_len_S[slot_R] = kv_len_R.masked_fill(slot_R == trash, 0)
-    last_token_S[sample_slot_R] = token_R.masked_fill(sample_slot_R == trash, 0)
+    last_token_S[sample_slot_R] = token_R.clamp(min=0).masked_fill(sample_slot_R == trash, 0)
     count_S[sample_slot_R] = (count_S[sample_slot_R] + 1).masked_fill(sample_slot_R == trash, 0)
 
 
@@ -82,7 +82,7 @@ def advance_rows_numpy(
     last, length, count = last_token_S.numpy(), kv_len_S.numpy(), count_S.numpy()
     slots = sample_slot_R.numpy()
     length[slot_R.numpy()] = kv_len_R.numpy()
-    last[slots] = token_R.numpy()
+    last[slots] = np.maximum(token_R.numpy(), 0)
     count[slots] += 1  # once a slot, however often it is named
     length[-1] = last[-1] = count[-1] = 0  # trash
 
@@ -124,7 +124,7 @@ def advance_kernel(
     slot = tl.load(sample_slot_ptr + row, mask=row < R, other=0)
     samples = (row < R) & (slot != trash)
     token = tl.load(token_ptr + row, mask=samples, other=0)
-    tl.store(last_ptr + slot, token, mask=samples)
+    tl.store(last_ptr + slot, tl.maximum(token, 0), mask=samples)
     tl.store(count_ptr + slot, tl.load(count_ptr + slot, mask=samples, other=0) + 1, mask=samples)
 
 

@@ -4,7 +4,8 @@ Contract. `choose_tokens(logits_RV, slot_R, knob_SK, seed_S, count_S, filters) -
 `logits_RV`: float32, contiguous rows, banned tokens are -inf; not changed. `slot_R` int64 picks the rows of the state:
 `knob_SK` float32 with the columns temperature (0: greedy), top_k (0: off), top_p (1: off), min_p (0: off) first;
 `seed_S` int64 (bits of an unsigned number), `count_S` int64 (tokens that the request has generated). `filters` False:
-no row has top-k, top-p or min-p. No host synchronisation on CUDA; shapes alone decide the launches.
+no row has top-k, top-p or min-p. A row without a finite best score (nothing is a number, or all is banned) has the
+token -1. No host synchronisation on CUDA; shapes alone decide the launches.
 
 A token's noise is a function of (seed, count, token id) alone, so what a request samples depends neither on its
 neighbours in the batch nor on the device's kernels. Noise is Gumbel's: the largest of score + noise is a sample of
@@ -51,7 +52,8 @@ def choose_tokens_reference(logits_RV, slot_R, knob_SK, seed_S, count_S, filters
     first_R, second_R = row_keys(seed_S.index_select(0, slot_R), count_S.index_select(0, slot_R))
     token_V = torch.arange(logits_RV.shape[1], device=logits_RV.device)
     noise_RV = gumbel(first_R[:, None], second_R[:, None], token_V)
-    return (score_RV + noise_RV.masked_fill(temperature_R1 <= 0, 0.0)).argmax(-1)
+    best = (score_RV + noise_RV.masked_fill(temperature_R1 <= 0, 0.0)).max(-1)
+    return torch.where(best.values.isfinite(), best.indices, -1)
 
 
 # ---- GPU: two kernels ------------------------------------------------------------------------------------------------
@@ -245,6 +247,8 @@ def _choose_kernel(
                 row_ptr, width, token, best, total, temperature, top_k, tl.load(knobs + 2), tl.load(knobs + 3),
                 first, second, BLOCK,
             )  # fmt: skip
+    best_noisy = tl.max(noisy, 0)
+    token = tl.where((best_noisy > float("-inf")) & (best_noisy < float("inf")), token, -1)
     tl.store(out_ptr + row, token.to(tl.int64))
 
 

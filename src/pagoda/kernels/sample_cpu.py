@@ -47,8 +47,8 @@ class Row:
     def choose(self, filtered: bool) -> int:
         """From the whole vocabulary."""
         score_V = self.logits_V / self.temperature
-        if not -math.inf < float(score_V.max()):  # a score is no number, or all tokens are banned: any token
-            return 0
+        if not math.isfinite(float(score_V.max())):  # a score is no number, or all tokens are banned
+            return -1
         token_M = torch.arange(score_V.numel())
         if filtered:
             token_M = _candidates(score_V, int(self.top_k), self.top_p, self.min_p)
@@ -65,7 +65,9 @@ def choose_tokens_cpu(logits_RV, slot_R, knob_SK, seed_S, count_S, filters) -> t
     ]
     for row in rows:
         if row.temperature <= 0:
-            tokens[row.index] = int(row.logits_V.numpy().argmax())
+            values = row.logits_V.numpy()
+            best = int(values.argmax())
+            tokens[row.index] = best if math.isfinite(values[best]) else -1
     rows = [row for row in rows if row.temperature > 0]
     few = [row for row in rows if filters and (row.top_k > 0 or row.top_p < 1 or row.min_p > 0)]
     whole = [row for row in rows if row not in few]

@@ -23,6 +23,9 @@ class Executor(Protocol):
     def allocate_cache(self, num_blocks: int) -> None:
         """Blocks 0 .. num_blocks - 1; block 0 is scratch, where padding rows may write."""
 
+    def clear_blocks(self, blocks: list[int]) -> None:
+        """Zeros in place of what is no number, which even a weight of 0 would not take out of an attention's sum."""
+
     def free_cache(self) -> None:
         """Give the blocks' memory back."""
 
