@@ -1,6 +1,7 @@
 """Templates against transformers' renders (`expected_renders.jsonl`) and against hostile input."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -172,6 +173,28 @@ def test_limits(monkeypatch):
         ChatTemplate("t", "{% for i in range(99) %}long {% endfor %}", Marks()).render(CHAT)
     with pytest.raises(TemplateError, match="not valid Jinja"):
         ChatTemplate("t", "{% for %}", Marks())
+
+
+ENDLESS = [
+    "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "{% for a in range(99999) %}{% for b in range(99999) %}x{% endfor %}{% endfor %}",
+    "{% macro m() %}{% for a in range(9999) %}{{ m() if a }}{% endfor %}{% endmacro %}{{ m() }}",
+    "{{ 9**9**9 }}",
+    "{% set n = namespace(x=9) %}{% for a in range(99) %}{% set n.x = n.x * n.x %}{% endfor %}",
+    "{% set x = 'a' * 10**12 %}",
+]
+
+
+@pytest.mark.parametrize("source", ENDLESS)
+def test_a_template_ends_in_time(source, monkeypatch):
+    monkeypatch.setattr(template_module, "MAX_SECONDS", 0.2)
+    started = time.monotonic()
+    with pytest.raises(TemplateError):
+        ChatTemplate("evil", source, Marks()).render(CHAT)
+    assert time.monotonic() - started < 2
+    assert (
+        ChatTemplate("good", "{{ 3 * 4 }}{{ '-' * 3 }}{{ 2 ** 3 }}{{ 0.5 * 3 }}", Marks()).render(CHAT) == "12---81.5"
+    )
 
 
 def test_generation_tag_loop_controls_and_json():

@@ -116,18 +116,18 @@ class Pipeline:
         if not do_preprocess:
             if not isinstance(prompt, str):
                 raise RequestError("do_preprocess=False takes a text, not messages.", "do_preprocess")
-            self._check_length(prompt)
+            self.check_length(prompt)
             return self.tokenizer.encode(prompt, add_bos=True)
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         return self.encode_rendered(self.template.render(messages))
 
     def encode_rendered(self, text: str) -> list[int]:
         """Token ids of a rendered template; the template itself wrote the beginning of sequence, if it wants one."""
-        self._check_length(text)
+        self.check_length(text)
         ids = self.tokenizer.encode(text, add_bos=False)
         return ids if ids else self.tokenizer.encode(text, add_bos=True)
 
-    def _check_length(self, text: str) -> None:
+    def check_length(self, text: str) -> None:
         """Refuse what cannot fit before it is tokenized, which takes seconds for megabytes."""
         most = self.engine.info.session_len * self._longest_token
         if len(text) > most:

@@ -37,6 +37,7 @@ class Backend:
         self._transport: SocketTransport | None = None
         self._lock = threading.Lock()
         self._threads = ThreadPoolExecutor(8, thread_name_prefix="pagoda-prepare")
+        self._num_preparing = 0
 
     @property
     def pipe(self) -> Pipeline:
@@ -67,6 +68,7 @@ class Backend:
             return
         try:
             pipe = Pipeline(self.model, chat_template=self.chat_template, engine=client)
+            pipe.check_length("")  # reads the vocabulary, which the first request need not wait for
         except Exception as error:  # the engine runs, but nobody can talk to it from here
             log.error("the model's text files cannot be read: %s", error)
             client.close()
@@ -112,12 +114,21 @@ class Backend:
             log.info("prompt", extra={"fields": {"request_id": request.state.request_id, "prompt": text}})
 
     async def prepare(self, work: Callable[..., R], *arguments: Any) -> R:
-        """Run templates, tokenization and grammars in a thread, with a deadline."""
+        """Run templates, tokenization and grammars in one of eight threads, with a deadline; no more wait for these
+        threads than may be open. A thread that is past the deadline goes on until its work's own limits end it:
+        templates have a time limit, texts and grammars one of size. What had not begun never will."""
+        if self._num_preparing >= self.max_open:
+            raise OverloadedError(
+                f"{self._num_preparing} prompts are being prepared, the most allowed: try again later."
+            )
+        self._num_preparing += 1
         running = asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
         try:
             return await asyncio.wait_for(running, PREPARE_SECONDS)
         except asyncio.TimeoutError:
             raise OverloadedError(f"The prompt was not prepared within {PREPARE_SECONDS:g} s.") from None
+        finally:
+            self._num_preparing -= 1
 
     async def call(self, verb: str, **arguments: Any) -> Any:
         """Ask the engine."""

@@ -95,6 +95,7 @@ async def encode(request: Request) -> dict[str, Any]:
     def ids_of(text: str) -> list[int]:
         if body.do_preprocess:
             return pipe.prompt_ids(text)
+        pipe.check_length(text)
         return pipe.tokenizer.encode(text, add_bos=body.add_bos)
 
     many = isinstance(body.input, list)

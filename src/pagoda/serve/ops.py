@@ -64,14 +64,15 @@ async def tokenize(request: Request) -> dict[str, Any]:
     if (body.prompt is None) == (body.messages is None):
         raise RequestError("Give either prompt or messages.", "prompt")
 
-    def work() -> list[int]:
+    def work() -> tuple[list[int], list[str] | None]:
         if body.messages is not None:
-            text = pipe.template.render(body.messages, body.add_generation_prompt, body.tools)
-            return pipe.encode_rendered(text)
-        return pipe.tokenizer.encode(body.prompt or "", add_bos=body.add_special_tokens and pipe.tokenizer.adds_bos)
+            ids = pipe.encode_rendered(pipe.template.render(body.messages, body.add_generation_prompt, body.tools))
+        else:
+            pipe.check_length(body.prompt or "")
+            ids = pipe.tokenizer.encode(body.prompt or "", add_bos=body.add_special_tokens)
+        return ids, [pipe.tokenizer.token_str(i) for i in ids] if body.return_token_strs else None
 
-    ids = await backend.prepare(work)
-    words = [pipe.tokenizer.token_str(i) for i in ids] if body.return_token_strs else None
+    ids, words = await backend.prepare(work)
     return {"count": len(ids), "max_model_len": pipe.engine.info.session_len, "tokens": ids, "token_strs": words}
 
 
