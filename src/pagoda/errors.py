@@ -101,6 +101,10 @@ class NotFoundError(UsageError):
     kind = "not_found_error"
 
 
+class SessionExpiredError(NotFoundError):
+    """The session was forgotten since its last turn; told once, then the id is free for a new one."""
+
+
 class SessionBusyError(UsageError):
     """A session answers one turn at a time."""
 

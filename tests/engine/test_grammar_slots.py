@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pagoda.engine.process import Grammars
+from pagoda.engine.grammars import Grammars
 from pagoda.engine.request import EngineRequest, SamplingParams
 from pagoda.engine.schedule import Row, Schedule, SlotInit
 from pagoda.errors import GrammarError

@@ -8,7 +8,7 @@ from fake_device import FakeDevice, expected, request
 
 from pagoda.engine.scheduler import Scheduler, SchedulerConfig
 from pagoda.engine.sessions import SavedSessions, Sessions
-from pagoda.errors import SessionBusyError, UsageError
+from pagoda.errors import NotFoundError, SessionBusyError, SessionExpiredError, UsageError
 
 
 def turn(scheduler, device, req):
@@ -141,3 +141,29 @@ def test_a_file_with_foreign_ids_is_refused(tmp_path):
     assert Sessions(vocab_size=100).restore(tmp_path / "file") == 1
     with pytest.raises(UsageError, match="another model"):
         Sessions(vocab_size=99).restore(tmp_path / "file")
+
+
+def test_a_forgotten_session_is_told_once():
+    now = [0.0]
+    sessions = Sessions(ttl=10, clock=lambda: now[0], max_sessions=2)
+    for name in "abc":
+        now[0] += 1
+        sessions.begin(name, name)
+        sessions.end(name, name, [1, 2])
+    with pytest.raises(SessionExpiredError):
+        sessions.look_up("a")  # for lack of room
+    with pytest.raises(NotFoundError) as never:
+        sessions.look_up("a")
+    assert type(never.value) is NotFoundError
+    now[0] = 12.5
+    assert sessions.look_up("c") == [1, 2]  # and keeps it for the turn that follows
+    now[0] = 22.0
+    assert sessions.look_up("c") == [1, 2]
+    with pytest.raises(SessionExpiredError):
+        sessions.look_up("b")
+    now[0] = 99.0
+    sessions.expire()
+    assert not sessions.delete("c")
+    with pytest.raises(NotFoundError) as ended:
+        sessions.look_up("c")
+    assert type(ended.value) is NotFoundError

@@ -59,6 +59,18 @@ def test_an_empty_turn_ends_a_session_and_a_long_one_ends_at_once(server: Runnin
     assert "33" not in [s["id"] for s in server.http.get("/v1/sessions").json()["data"]]
 
 
+def test_a_session_that_was_forgotten_is_told_once(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    body = {**COLD, "session_id": 66, "interactive_mode": True}
+    server.http.post(TURN, json={**body, "prompt": "My name is Ada."})
+    with monkeypatch.context() as patch:
+        patch.setattr(server.pipe.engine._transport._loop._scheduler.sessions, "ttl", -1.0)
+        server.http.get("/v1/sessions")
+        told = server.http.post(TURN, json={**body, "prompt": "What is my name?", "stream": True})
+    assert told.status_code == 404 and told.json()["error"]["code"] == "session_expired"
+    anew = server.http.post(TURN, json={**body, "prompt": "What is my name?"})
+    assert anew.status_code == 200 and anew.json()["history_tokens"] == 0
+
+
 def test_a_running_turn_is_cancelled_and_keeps_what_was_said(server: Running) -> None:
     body = {**COLD, "session_id": 44, "interactive_mode": True, "ignore_eos": True, "request_output_len": 900}
     with server.http.stream("POST", TURN, json={**body, "prompt": "Tell me a story.", "stream": True}) as turn:
@@ -95,6 +107,15 @@ def test_tokens_go_back_and_forth(server: Running) -> None:
     assert encoded["input_ids"][0] == ids["tokens"] and encoded["length"][1] == 1
     chat = server.http.post("/tokenize", json={"messages": [{"role": "user", "content": "hi"}]}).json()
     assert chat["tokens"] == server.pipe.prompt_ids("hi")
+
+
+def test_texts_that_cannot_fit_are_not_tokenized(server: Running) -> None:
+    long = "a" * 200_000
+    for route, body in (("/tokenize", {"prompt": long}), ("/v1/encode", {"input": ["a", long]})):
+        refused = server.http.post(route, json=body)
+        assert refused.status_code == 400 and refused.json()["error"]["code"] == "context_length_exceeded"
+    made = server.http.post("/tokenize", json={"prompt": "hello", "return_token_strs": True}).json()
+    assert made["token_strs"] == [server.pipe.tokenizer.token_str(i) for i in made["tokens"]]
 
 
 def test_an_answer_is_aborted_by_its_id(server: Running) -> None:

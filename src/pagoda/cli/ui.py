@@ -70,6 +70,7 @@ def show(args: argparse.Namespace) -> int:
     """Serve the page until Ctrl-C."""
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     try:
+        from pagoda.serve.addresses import reachable
         from pagoda.serve.client import Client
         from pagoda.serve.ui import launch
     except ModuleNotFoundError as error:
@@ -80,7 +81,7 @@ def show(args: argparse.Namespace) -> int:
     where = nullcontext(given) if given.startswith(("http://", "https://")) else own_server(args)
     with where as url:
         client = Client(url, args.api_key or os.environ.get("PAGODA_API_KEY"), patience=60.0)
-        print(f"the page: http://{config.server_name.replace('0.0.0.0', '127.0.0.1')}:{port}", flush=True)
+        print(f"the page: http://{reachable(config.server_name)}:{port}", flush=True)
         try:
             launch(client, config.server_name, port)
         except OSError as error:

@@ -9,18 +9,19 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
-import numpy as np
 import zmq
 
 from pagoda.config import EngineConfig
 from pagoda.engine import wire
+from pagoda.engine.grammars import FAILED, Grammars
 from pagoda.engine.params import id_list, read_generation_defaults
 from pagoda.engine.ranks import LocalRanks
 from pagoda.engine.ray_ranks import RayRanks
@@ -30,14 +31,10 @@ from pagoda.engine.schedule import Schedule
 from pagoda.engine.scheduler import Scheduler, SchedulerConfig
 from pagoda.engine.sessions import Sessions
 from pagoda.engine.workers import OwnWorker, Workers
-from pagoda.errors import EngineError, GrammarError, NotFoundError, PagodaError
+from pagoda.errors import EngineError, PagodaError
 from pagoda.layers.parallel import Group
 from pagoda.log import get_logger, setup_logging
 from pagoda.models.loader import resolve_model, resolve_spec, text_folder
-from pagoda.text.tokenizer import load_tokenizer
-
-if TYPE_CHECKING:
-    from pagoda.text.grammar import GrammarMasks
 
 Poll = Callable[[float | None], list[tuple[bytes, wire.ToEngine]]]
 Send = Callable[[bytes, wire.FromEngine], None]
@@ -51,7 +48,7 @@ log = get_logger(__name__)
 class EngineLoop:
     """Drives scheduler and workers. `connect` a transport, then `run` until `stop`."""
 
-    def __init__(self, scheduler: Scheduler, workers: Workers, info: wire.EngineInfo, grammars: "Grammars"):
+    def __init__(self, scheduler: Scheduler, workers: Workers, info: wire.EngineInfo, grammars: Grammars):
         self.info, self._scheduler, self._workers, self._grammars = info, scheduler, workers, grammars
         self._owner: dict[str, bytes] = {}
         self._flights: deque[Schedule] = deque()
@@ -60,7 +57,7 @@ class EngineLoop:
             "stats": self._scheduler.stats,
             "list_sessions": self._scheduler.sessions.list,
             "delete_session": self._delete_session,
-            "session_tokens": self._session_tokens,
+            "session_tokens": self._scheduler.sessions.look_up,
             "abort_requests": self._abort_requests,
             "save_sessions": lambda path: self._scheduler.sessions.save(Path(path)),
             "restore_sessions": lambda path: self._scheduler.sessions.restore(Path(path)),
@@ -130,7 +127,10 @@ class EngineLoop:
                 self._grammars.add(request.id, request.params.grammar)
             self._scheduler.add(request)
             self._owner[request.id] = sender
-        except PagodaError as error:
+        except Exception as failure:
+            error = failure if isinstance(failure, PagodaError) else EngineError(FAILED)
+            if error is not failure:
+                log.exception("a request failed")
             if request.id not in self._owner:
                 self._grammars.drop(request.id)
             refusal = Output(request.id, finish_reason="error", error=str(error), error_kind=type(error).__name__)
@@ -147,6 +147,10 @@ class EngineLoop:
             self._send(sender, wire.Answer(call.seq, error=(type(error).__name__, str(error))))
         except (KeyError, TypeError) as error:
             self._send(sender, wire.Answer(call.seq, error=("EngineError", f"Bad call {call.verb!r}: {error}.")))
+        except Exception as error:
+            log.exception("the call %s failed", call.verb)
+            why = f"The call {call.verb!r} failed ({type(error).__name__}): the engine's log says why."
+            self._send(sender, wire.Answer(call.seq, error=("EngineError", why)))
 
     def _emit(self, outputs: list[Output]) -> None:
         """One message for each client that has news."""
@@ -154,7 +158,9 @@ class EngineLoop:
         now = time.monotonic()
         for output in outputs:
             output.time = now
-            self._grammars.accept(output)
+            if not self._grammars.accept(output) and output.finish_reason is None:
+                self._scheduler.abort(output.id)
+                output.finish_reason, output.error = "error", FAILED
             sender = self._owner.get(output.id)
             if sender is not None:
                 by_sender.setdefault(sender, []).append(output)
@@ -188,74 +194,29 @@ class EngineLoop:
         self._emit(ends)
         return len(ends)
 
-    def _session_tokens(self, session_id: str) -> list[int]:
-        if session_id not in self._scheduler.sessions:
-            raise NotFoundError(f"There is no session {session_id!r}.")
-        return self._scheduler.sessions.tokens(session_id)
-
-
-class Grammars:
-    """The grammar state of running requests; the tokenizer is read when the first one comes."""
-
-    def __init__(self, text: Path, vocab_size: int):
-        self._text, self._vocab_size = text, vocab_size
-        self._masks: GrammarMasks | None = None
-        self._matchers: dict[str, Any] = {}
-        self._by_slot: dict[int, str] = {}
-        self._errors: dict[int, dict[int, str]] = {}  # by step and slot
-
-    def add(self, request_id: str, grammar: str) -> None:
-        if self._masks is None:
-            from pagoda.text.grammar import GrammarMasks  # its library is slow to import
-
-            self._masks = GrammarMasks(load_tokenizer(self._text), self._vocab_size)
-        self._matchers[request_id] = self._masks.matcher(grammar)
-
-    def drop(self, request_id: str) -> None:
-        self._matchers.pop(request_id, None)
-
-    def accept(self, output: Output) -> None:
-        matcher = self._matchers.get(output.id)
-        if matcher is not None:
-            for token in output.token_ids:
-                matcher.accept(token)
-
-    def masks(self, schedule: Schedule) -> np.ndarray | None:
-        """Packed bitmasks beside the sampling positions, where a step needs them; those without a grammar allow all,
-        and so do those whose grammar fails: `take_errors` tells of them. Must see every schedule: a slot's tenant may
-        arrive in one step and sample in a later one."""
-        self._by_slot.update((init.slot, init.id) for init in schedule.inits)
-        if not schedule.needs_masks:
-            return None
-        slots = [row.slot for row in schedule.rows for _ in range(row.samples)]
-        mask_LW = np.full((len(slots), -(-self._vocab_size // 32)), -1, np.int32)
-        for i, slot in enumerate(slots):
-            matcher = self._matchers.get(self._by_slot.get(slot, ""))
-            if matcher is not None:
-                try:
-                    matcher.fill_mask(mask_LW[i])
-                except GrammarError as error:
-                    self._errors.setdefault(schedule.step, {})[slot] = str(error)
-        return mask_LW
-
-    def take_errors(self, step: int) -> dict[int, str]:
-        """Sentences for the slots whose grammar failed in a step."""
-        return self._errors.pop(step, {})
-
 
 def build_engine(
     model: str | Path,
     config: EngineConfig,
     progress: Callable[[float], None] | None = None,
     last_words: Callable[[PagodaError], None] | None = None,
+    for_grammars: bool = False,
 ) -> EngineLoop:
     """Load a model and put an engine around it. `progress` is told the share of the weights that is loaded;
-    `last_words` an error that ends this process."""
+    `last_words` an error that ends this process. `for_grammars`: read the vocabulary for them beside the weights, so
+    that the first grammar delays no stream."""
     folder = resolve_model(str(model))
     spec, config = resolve_spec(folder, config)
     started = time.monotonic()
+    text = text_folder(folder)
+    grammars = Grammars(text, spec.vocab_size)
+    reader = threading.Thread(target=grammars.read_early, daemon=True)
+    if for_grammars:
+        reader.start()
     workers = start_workers(folder, spec, config, progress, last_words)
-    plan, text = workers.plan, text_folder(folder)
+    plan = workers.plan
+    if for_grammars:
+        reader.join()
     scheduler = Scheduler(
         SchedulerConfig(
             max_batch_size=config.max_batch_size,
@@ -283,7 +244,7 @@ def build_engine(
         max_queued=scheduler.config.max_queued,
         report=[*workers.describe(), f"ready in {time.monotonic() - started:.2f} s"],
     )
-    return EngineLoop(scheduler, workers, info, Grammars(text, spec.vocab_size))
+    return EngineLoop(scheduler, workers, info, grammars)
 
 
 def start_workers(
@@ -367,7 +328,8 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is for the client
     server = SocketServer(job["address"])
     try:
-        loop = build_engine(job["model"], EngineConfig.from_mapping(job["config"]), last_words=leave_word)
+        config, early = EngineConfig.from_mapping(job["config"]), job["for_grammars"]
+        loop = build_engine(job["model"], config, last_words=leave_word, for_grammars=early)
     except PagodaError as error:
         server.poll(5.0)
         server.send(b"", wire.Dead((type(error).__name__, str(error))))

@@ -18,7 +18,7 @@ from tempfile import NamedTemporaryFile
 import msgspec
 from msgspec import Struct
 
-from pagoda.errors import SessionBusyError, UsageError
+from pagoda.errors import NotFoundError, SessionBusyError, SessionExpiredError, UsageError
 
 VERSION = 1
 MAX_SESSIONS = 100_000
@@ -68,6 +68,7 @@ class Sessions:
         self.max_sessions, self.max_tokens = max_sessions, max_tokens
         self._num_tokens = 0  # of all committed histories
         self._sessions: OrderedDict[str, Session] = OrderedDict()  # by time of last use
+        self._forgotten: OrderedDict[str, None] = OrderedDict()  # those that nobody asked us to forget
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -82,6 +83,21 @@ class Sessions:
             raise SessionBusyError(f"Session {session_id!r} is still answering: wait for its turn to end or abort it.")
         return list(session.tokens) if session is not None else []
 
+    def look_up(self, session_id: str) -> list[int]:
+        """`tokens` for a client that is about to continue a session, which is kept for it. Raises
+        `SessionExpiredError`, once, for one that was forgotten, and `NotFoundError` for one that never was."""
+        self.expire()
+        if session_id in self._sessions:
+            self._touch(session_id)
+            return self.tokens(session_id)
+        if session_id in self._forgotten:
+            del self._forgotten[session_id]
+            raise SessionExpiredError(
+                "The session was forgotten: it was idle for too long, or newer ones took its room; "
+                "the same session_id now begins a new one."
+            )
+        raise NotFoundError(f"There is no session {session_id!r}.")
+
     def turn(self, session_id: str) -> str | None:
         """The id of the running request of a session, if any."""
         session = self._sessions.get(session_id)
@@ -90,6 +106,7 @@ class Sessions:
     def begin(self, session_id: str, request_id: str) -> None:
         """A turn starts, of a session that is not busy."""
         session = self._sessions.setdefault(session_id, Session())
+        self._forgotten.pop(session_id, None)
         assert session.turn is None
         session.turn = request_id
         self._touch(session_id)
@@ -119,6 +136,7 @@ class Sessions:
     def delete(self, session_id: str) -> bool:
         """Forget a session; a running turn goes on but leaves no trace. False if there is none."""
         session = self._sessions.pop(session_id, None)
+        self._forgotten.pop(session_id, None)
         if session is not None:
             self._num_tokens -= len(session.tokens)
         return session is not None
@@ -131,6 +149,9 @@ class Sessions:
             if session.turn is not None or (self.clock() - session.used <= self.ttl and not full):
                 return
             self.delete(session_id)
+            self._forgotten[session_id] = None
+            if len(self._forgotten) > self.max_sessions:
+                self._forgotten.popitem(last=False)
 
     def list(self) -> "list[SessionInfo]":
         now = self.clock()

@@ -164,14 +164,16 @@ class SocketTransport:
             os.close(self._wake_write)
 
 
-def spawn_engine(model: str | Path, config: EngineConfig) -> SocketTransport:
-    """Start an engine process on a private socket (a folder of mode 0700) and connect to it."""
+def spawn_engine(model: str | Path, config: EngineConfig, for_grammars: bool = False) -> SocketTransport:
+    """Start an engine process on a private socket (a folder of mode 0700) and connect to it. `for_grammars`: it will
+    serve many, so the first grammar must delay no stream."""
     folder = Path(tempfile.mkdtemp(prefix="pagoda-"))
     address = f"ipc://{folder}/engine"
     job = {
         "model": str(model),
         "config": {k: getattr(config, k) for k in config.__dataclass_fields__},
         "address": address,
+        "for_grammars": for_grammars,
         "last_words": str(folder / LAST_WORDS),
     }
     process = subprocess.Popen([sys.executable, "-m", "pagoda.engine.process"], stdin=subprocess.PIPE)

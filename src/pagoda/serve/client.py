@@ -57,7 +57,7 @@ class Client:
         headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
         if not url.startswith(("http://", "https://")):
             raise UsageError(f"{url} is not the address of a server: write http://HOST:PORT.")
-        self.url = url.rstrip("/").removesuffix("/v1").replace("//0.0.0.0", "//127.0.0.1")
+        self.url = url.rstrip("/").removesuffix("/v1").replace("//0.0.0.0", "//127.0.0.1").replace("//[::]", "//[::1]")
         self._http = httpx.Client(
             base_url=self.url, headers=headers, timeout=httpx.Timeout(None, connect=5.0), trust_env=False
         )

@@ -12,6 +12,7 @@ CODES = {
     "PromptTooLongError": "context_length_exceeded",
     "AuthenticationError": "invalid_api_key",
     "NotFoundError": "not_found",
+    "SessionExpiredError": "session_expired",
     "RateLimitError": "rate_limit_exceeded",
     "OverloadedError": "overloaded",
     "EngineDeadError": "engine_unavailable",

@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from pagoda.config import ServeConfig
-from pagoda.errors import NotFoundError, PagodaError, PromptTooLongError, TemplateError
+from pagoda.errors import NotFoundError, PagodaError, PromptTooLongError, SessionExpiredError, TemplateError
 from pagoda.offline import Piece, Pipeline, Prepared
 from pagoda.serve.backend import Backend
 from pagoda.serve.bodies import InteractiveBody, read_body
@@ -91,11 +91,14 @@ def session_name(tenant: str, session_id: int | str) -> str:
     return f"{tenant}:{session_id}"
 
 
-async def history_of(backend: Backend, session: str) -> int:
-    """Tokens that a session holds; 0 when there is none."""
+async def history_of(backend: Backend, session: str, goes_on: bool) -> int:
+    """Tokens that a session holds; 0 when there is none. Raises `SessionExpiredError` when a turn `goes_on` with one
+    that was forgotten."""
     try:
         return len(await backend.call("session_tokens", session_id=session))
-    except NotFoundError:
+    except NotFoundError as error:
+        if goes_on and isinstance(error, SessionExpiredError):
+            raise
         return 0
 
 
@@ -115,8 +118,9 @@ async def converse(request: Request, body: InteractiveBody) -> Response:
     if session is not None and (body.cancel or body.stop is True):
         await backend.call("abort_requests", session_id=session)
         return brief("abort")
-    history_len = await history_of(backend, session) if session is not None else 0
-    if body.request_output_len == 0:
+    ends = body.request_output_len == 0
+    history_len = await history_of(backend, session, not ends) if session is not None else 0
+    if ends:
         if session is not None and not body.interactive_mode:
             await backend.call("delete_session", session_id=session)
         return brief("stop", history_len)

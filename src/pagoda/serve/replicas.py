@@ -65,7 +65,7 @@ class Replica:
     def __init__(self, model: str, engine: dict[str, Any], config: dict[str, Any], chat_template: str | None):
         serve_config = ServeConfig.from_mapping(config)
         setup_json_logging(serve_config.log_level)
-        self._transport = spawn_engine(model, EngineConfig.from_mapping(engine))
+        self._transport = spawn_engine(model, EngineConfig.from_mapping(engine), for_grammars=True)
         self._client = EngineClient(self._transport)
         self._backend = Backend(model, serve_config, chat_template)
         self._backend.connect(self._transport.address)

@@ -2,7 +2,6 @@
 
 import json
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from pagoda.engine.transports import SocketTransport, spawn_engine
 from pagoda.errors import ConfigError, EngineDeadError, PagodaError
 from pagoda.log import get_logger
 from pagoda.models.find import resolve_model
+from pagoda.serve.addresses import listen, reachable
 from pagoda.serve.middleware import read_keys
 
 MAX_RESTARTS, RESTART_SECONDS = 3, 600.0
@@ -72,7 +72,7 @@ class Supervisor:
         self.model, self.engine, self.serve, self.chat_template = model, engine, serve, chat_template
         self.has_keys = bool(read_keys(serve.api_keys))
         try:
-            self._listener = socket.create_server((serve.server_name, serve.server_port), backlog=2048)
+            self._listener = listen(serve.server_name, serve.server_port)
         except OSError as error:
             where = f"{serve.server_name}:{serve.server_port}"
             raise ConfigError(f"Cannot listen on {where} ({error.strerror}): choose another --server-port.") from None
@@ -87,8 +87,7 @@ class Supervisor:
     @property
     def url(self) -> str:
         scheme = "https" if self.serve.ssl_certfile else "http"
-        host = self.serve.server_name.replace("0.0.0.0", "127.0.0.1")
-        return f"{scheme}://{host}:{self._listener.getsockname()[1]}"
+        return f"{scheme}://{reachable(self.serve.server_name)}:{self._listener.getsockname()[1]}"
 
     def run(self) -> int:
         """Serve until a signal comes, or until things die too often."""
@@ -127,7 +126,7 @@ class Supervisor:
 
     def _live(self) -> None:
         """One life of the engine."""
-        transport = spawn_engine(self.model, self.engine)
+        transport = spawn_engine(self.model, self.engine, for_grammars=True)
         self._tell_all("start", address=transport.address)
         try:
             self._client = EngineClient(transport)

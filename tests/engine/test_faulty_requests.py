@@ -1,0 +1,105 @@
+"""What goes wrong with one request ends that one, and nobody else."""
+
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from pagoda.config import EngineConfig
+from pagoda.engine import grammars
+from pagoda.engine.client import start_engine
+from pagoda.engine.process import build_engine
+from pagoda.engine.request import EngineRequest, SamplingParams
+from pagoda.errors import EngineError
+from pagoda.text.grammar import compile_grammar
+
+COLD = {"temperature": 0.0, "max_tokens": 20}
+
+
+def last(engine, request_id, prompt, **params):
+    return list(engine.submit(EngineRequest(request_id, prompt, SamplingParams(**{**COLD, **params}))))
+
+
+@pytest.mark.parametrize("knobs", [{}, {"speculative_ngram": 3}])
+@pytest.mark.parametrize("params", [{}, {"temperature": 1.0, "seed": 1}, {"logprobs": 2, "frequency_penalty": 0.5}])
+def test_scores_that_are_no_numbers_end_the_request(tiny_llama: Path, tmp_path: Path, params, knobs) -> None:
+    """The embedding of one token is NaN, so whatever a prompt with it says is, too; a neighbour that later takes over
+    its block does not notice."""
+    config = EngineConfig(device="cpu", session_len=256, max_batch_size=8, cache_block_seq_len=16, **knobs)
+    good = [5, 6, 5, 6, 5, 6]
+    with start_engine(tiny_llama, config) as engine:
+        whole = [t for output in last(engine, "good", good, **params) for t in output.token_ids]
+    poison = next(token for token in range(7, 300) if token not in whole)
+    folder = shutil.copytree(tiny_llama, tmp_path / "broken")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.embed_tokens.weight"][poison] = float("nan")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with start_engine(folder, config) as engine:
+        ticket = engine.submit(EngineRequest("good", good, SamplingParams(**{**COLD, **params})))
+        [end] = last(engine, "bad", [5, poison, *good], **params)
+        assert (end.finish_reason, end.token_ids) == ("error", []) and "finite" in str(end.error)
+        assert [t for output in ticket for t in output.token_ids] == whole
+        assert engine.stats().num_running == 0 and engine.dead is None
+
+
+class Matcher:
+    """Allows all; fails as its grammar says, at its second token."""
+
+    def __init__(self, grammar: str):
+        self.grammar, self.num = grammar, 0
+        if grammar == "begin":
+            raise RuntimeError("no grammar")
+
+    def fill_mask(self, row_W):
+        row_W[:] = -1
+        if self.grammar == "mask" and self.num == 2:
+            raise RuntimeError("no mask")
+
+    def accept(self, token: int):
+        self.num += 1
+        if self.grammar == "accept" and self.num == 2:
+            raise RuntimeError("no token")
+
+
+@pytest.mark.parametrize("where", ["begin", "mask", "accept"])
+def test_a_grammar_that_fails_ends_its_request(engines, where: str) -> None:
+    engine = engines()
+    state = engine._transport._loop._grammars
+    state._masks = type("Masks", (), {"matcher": staticmethod(Matcher)})
+    alone = [t for output in last(engine, "alone", [5, 6]) for t in output.token_ids]
+    ticket = engine.submit(EngineRequest("good", [5, 6], SamplingParams(**COLD, grammar="good")))
+    outputs = last(engine, "bad", [5, 6], grammar=where)
+    assert outputs[-1].finish_reason == "error" and "failed on this request" in str(outputs[-1].error)
+    assert sum(len(output.token_ids) for output in outputs) <= 2
+    assert [t for output in ticket for t in output.token_ids] == alone
+    assert engine.stats().num_running == 0 and not state._matchers
+
+
+def test_a_call_that_fails_is_answered(engines) -> None:
+    engine = engines()
+
+    def fail():
+        raise OSError("the disk is gone")
+
+    engine._transport._loop.calls["list_sessions"] = fail
+    with pytest.raises(EngineError, match="list_sessions"):
+        engine.sessions()
+    assert engine.stats().num_running == 0
+
+
+def test_the_first_grammar_of_a_server_reads_no_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was read beside the weights, where no stream waits."""
+    readers = []
+    load = grammars.load_tokenizer
+    monkeypatch.setattr(grammars, "load_tokenizer", lambda path: (readers.append(threading.get_ident()), load(path))[1])
+    loop = build_engine("mini", EngineConfig(device="cpu", session_len=256, max_batch_size=2), for_grammars=True)
+    try:
+        assert len(readers) == 1 and readers[0] != threading.get_ident()
+        grammar = compile_grammar({"type": "regex", "regex": "a+"})
+        assert grammar is not None
+        loop._grammars.add("a", grammar)
+        assert len(readers) == 1
+    finally:
+        loop._workers.close()
