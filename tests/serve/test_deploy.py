@@ -54,6 +54,22 @@ def test_the_manifests_fit_together() -> None:
     assert pod["spec"]["terminationGracePeriodSeconds"] > drain + 5 + 2
 
 
+def test_the_manifests_are_what_kubernetes_takes() -> None:
+    """Against the official schemas, which allow no unknown field; a misspelt probe is told."""
+    oracle = pytest.importorskip("kubernetes_validate")
+    ray = documents(DEPLOY / "kuberay" / "pagoda.yaml")[0]["spec"]["rayClusterConfig"]
+    pods = [group["template"] for group in (ray["headGroupSpec"], *ray["workerGroupSpecs"])]
+    head = {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": "ray"}}
+    manifests = documents(DEPLOY / "kubernetes" / "pagoda.yaml")
+    for manifest in [*manifests, *({**head, "template": pod} for pod in pods)]:
+        for version in ("1.29", oracle.latest_version()):
+            oracle.validate(manifest, version, strict=True)
+    container = manifests[1]["spec"]["template"]["spec"]["containers"][0]
+    container["livenessprobe"] = container.pop("livenessProbe")
+    with pytest.raises(oracle.ValidationError, match="livenessprobe"):
+        oracle.validate(manifests[1], oracle.latest_version(), strict=True)
+
+
 def test_the_dashboard_asks_for_metrics_that_exist() -> None:
     page = exposition(EngineStats(0, 0, 0, 1, 0, 0, Counters()), 'm"1')
     names = set(re.findall(r"^(\S+?)\{", page, re.MULTILINE))

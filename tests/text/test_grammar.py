@@ -93,6 +93,32 @@ def test_schemas_with_known_instances(shared_data, masks):
     assert compiled > 0.6 * len(rows) and checked > compiled and wrong == 0
 
 
+DATES = [
+    ("date", "2024-02-29", "2023-02-29"),
+    ("date", "2000-02-29", "1900-02-29"),
+    ("date", "0001-01-31", "0000-01-31"),
+    ("time", "23:59:59Z", "23:59:60Z"),
+    ("date-time", "2024-02-29T00:00:00.5+01:00", "2023-02-29T00:00:00Z"),
+    ("date-time", "1999-12-31T23:59:59z", "1999-12-31T23:59:60z"),
+]
+
+
+@pytest.mark.parametrize(("form", "good", "bad"), DATES)
+def test_texts_of_a_format_are_ones_that_calendars_take(masks, form, good, bad):
+    bare = {"type": "string", "format": form}
+    for schema in (bare, {"items": bare}, {"properties": {"enum": bare}}, {"anyOf": [{**bare, "allOf": [{}]}]}):
+        for text, legal in ((good, True), (bad, False)):
+            value = [text] if "items" in schema else {"enum": text} if "properties" in schema else text
+            grammar = compile_grammar({"type": "json_schema", "schema": schema})
+            assert accepts(masks.matcher(grammar), list(json.dumps(value).encode())) == legal, (schema, text)
+
+
+def test_a_format_that_is_a_value_or_a_name_is_none(masks):
+    names = {"type": "object", "properties": {"format": {"const": {"format": "date"}}}, "required": ["format"]}
+    matcher = masks.matcher(compile_grammar({"type": "json_schema", "schema": names}))
+    assert accepts(matcher, list(b'{"format": {"format": "date"}}'))
+
+
 REFUSED = [
     ({"type": "json_schema", "schema": {"type": "foo"}}, "Invalid type"),
     ({"type": "json_schema", "schema": {"$ref": "http://example.com/x"}}, "refused"),

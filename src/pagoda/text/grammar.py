@@ -18,6 +18,14 @@ MAX_BYTES = 64 << 10
 MAX_DEPTH = 64
 JSON_RULES: Any = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,64}", "lenient": False, "coerce_one_of": False}
 """Space between JSON tokens is bounded, so that a model cannot idle in it; unknown keywords are refused."""
+_LEAP = "([0-9]{2}(0[48]|[2468][048]|[13579][26])|(0[48]|[2468][048]|[13579][26])00)-02-29"
+_DAY = f"^((000[1-9]|00[1-9].|0[1-9]..|[1-9]...)-(0[13-9]|1|02-([01]|2[0-8]))|{_LEAP})"
+_CLOCK = "[^:]*:[^:]*:[0-5]"
+EXACT_FORMATS = {"date": _DAY, "time": f"^{_CLOCK}", "date-time": _DAY + _CLOCK}
+"""What a text of a format must also match, for llguidance lets through the year 0, the 29th of any February and the
+second 60, and calendars refuse them (RFC 3339, 5.7: the second 60 only where a leap second was)."""
+SCHEMA_MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas", "dependencies")
+SCHEMA_VALUES = ("const", "enum", "default", "examples")
 KINDS = ("text", "json_object", "json_schema", "regex", "choice", "grammar")
 
 
@@ -47,12 +55,32 @@ def _field(response_format: Mapping[str, Any], *names: str) -> Any:
     )
 
 
+def _exact(schema: Any) -> Any:
+    """The schema with the patterns of `EXACT_FORMATS` beside its formats."""
+    if isinstance(schema, (list, tuple)):
+        return [_exact(inner) for inner in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    made = {key: _exact_under(key, value) for key, value in schema.items()}
+    pattern, more = EXACT_FORMATS.get(str(made.get("format"))), made.get("allOf", [])
+    return {**made, "allOf": [*more, {"pattern": pattern}]} if pattern and isinstance(more, list) else made
+
+
+def _exact_under(key: str, value: Any) -> Any:
+    if key in SCHEMA_VALUES:
+        return value
+    if key in SCHEMA_MAPS and isinstance(value, Mapping):
+        return {name: _exact(inner) for name, inner in value.items()}
+    return _exact(value)
+
+
 def _json_grammar(schema: Any) -> dict[str, Any]:
     if not isinstance(schema, (Mapping, bool)):
         raise GrammarError("A JSON schema must be an object, true or false.", "response_format")
     try:
         # Through text: a schema that is `true` or `false` is allowed, and nothing but plain JSON passes.
-        grammar = json.loads(llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=JSON_RULES))
+        text = json.dumps(_exact(schema))
+        grammar = json.loads(llguidance.LLMatcher.grammar_from_json_schema(text, overrides=JSON_RULES))
     except ValueError as error:
         raise GrammarError(f"The JSON schema was refused: {_sentence(error)}", "response_format") from None
     return grammar["grammars"][0]
