@@ -110,3 +110,23 @@ def test_cut_and_fused(form):
     if form == "block":
         with pytest.raises(CheckpointError, match="cannot be cut"):
             scheme.shard(parts[0], "down", 0, 3, 1)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("name", list(KINDS))
+def test_ranks_that_round_their_own_inputs_err_no_more_than_one(name, size):
+    """A row parallel matrix: some rows have their largest inputs on one rank, whose scale would be coarse for all."""
+    torch.manual_seed(4)
+    w, x = torch.randn(32, 192), torch.randn(40, 192)
+    x[::2, :64] *= 30
+    canonical = SCHEMES[name]().quantize(w)
+    whole = linear_of(name, canonical, 192)
+    exact = x.double() @ whole.dequantize().double().T
+    parts = [SCHEMES[name]().shard(canonical, "o", r, size) for r in range(size)]
+    each = 192 // size
+    total = sum(linear_of(name, part, each)(x[:, r * each : (r + 1) * each]) for r, part in enumerate(parts))
+
+    def error(y):
+        return (y - exact).norm() / exact.norm()
+
+    assert error(total) <= error(whole(x)) * (1.0 if name == "int8" else 1.05)

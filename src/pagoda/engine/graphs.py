@@ -105,7 +105,8 @@ class GraphCache:
                 self._body(input_N, key)
         torch.cuda.synchronize(self._device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._side):
+        # Other threads may ask for events meanwhile (NCCL's watchdog does): only this thread's calls are held to rules.
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._side, capture_error_mode="thread_local"):
             outputs = self._body(input_N, key)
         self._input_N.copy_(wanted_N)
         torch.cuda.synchronize(self._device)

@@ -36,12 +36,7 @@ from pagoda.models.spec import ModelSpec
 
 GRACE_SECONDS = 2.0  # for the engine to end by itself once a rank is lost
 CLOSE_SECONDS = 10.0
-ENVIRONMENT = {  # of ranks on one machine: nothing listens beyond it; NVLink multicast can wedge a shared host
-    "GLOO_SOCKET_IFNAME": "lo",
-    "NCCL_SOCKET_IFNAME": "lo",
-    "NCCL_NVLS_ENABLE": "0",
-    "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
-}
+ENVIRONMENT = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}  # on one machine: nothing listens beyond it
 
 log = get_logger(__name__)
 
@@ -117,7 +112,8 @@ class LocalRanks:
 
     def describe(self) -> list[str]:
         assert self._runner is not None
-        return [f"{len(self._children) + 1} ranks: {self._runner.executor.describe()}", *self.plan.lines()]
+        ranks = f"{len(self._children) + 1} ranks: {self._runner.executor.describe()}"
+        return [ranks, self._group.describe(), *self.plan.lines()]
 
     def close(self) -> None:
         """End all ranks; waits for them at most ten seconds, then kills. May be called twice."""

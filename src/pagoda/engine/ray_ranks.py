@@ -20,7 +20,7 @@ import numpy as np
 from pagoda.config import EngineConfig
 from pagoda.engine import rank_link as say
 from pagoda.engine.kv_cache import MemoryPlan
-from pagoda.engine.ranks import ENVIRONMENT, divided, launch_step
+from pagoda.engine.ranks import divided, launch_step
 from pagoda.engine.schedule import Schedule, StepResult
 from pagoda.errors import DeviceError, EngineDeadError, MissingExtraError, PagodaError, named_error
 from pagoda.log import get_logger
@@ -28,7 +28,6 @@ from pagoda.models.spec import ModelSpec
 
 PLACE_SECONDS = 120.0
 PING_SECONDS = 1.0
-NO_MULTICAST = {name: value for name, value in ENVIRONMENT.items() if not name.endswith("IFNAME")}
 
 log = get_logger(__name__)
 
@@ -83,7 +82,8 @@ class RankActor:
             self._runner.start()
         except PagodaError as error:
             return json.dumps({"error": (type(error).__name__, str(error))}).encode()
-        return json.dumps({"plan": vars(self._runner.plan), "runs": self._runner.executor.describe()}).encode()
+        runs = [self._runner.executor.describe(), group.describe()]
+        return json.dumps({"plan": vars(self._runner.plan), "runs": runs}).encode()
 
     def launch(self, step: bytes) -> None:
         """Start a step. Ranks other than 0 drop their tokens, which are the same."""
@@ -146,7 +146,8 @@ class RayRanks:
         return msgspec.msgpack.decode(self._get(self._flights.popleft()), type=StepResult)
 
     def describe(self) -> list[str]:
-        return [f"{len(self._actors)} ranks on Ray: {self._runs}", *self.plan.lines()]
+        runs, sums = self._runs
+        return [f"{len(self._actors)} ranks on Ray: {runs}", sums, *self.plan.lines()]
 
     def close(self) -> None:
         """End all ranks and give their places back. May be called twice."""
@@ -185,7 +186,6 @@ class RayRanks:
         options = {
             "num_cpus": 1, "num_gpus": 1 if on_gpu else 0, "concurrency_groups": {"life": 1}, "max_restarts": 0,
             "scheduling_strategy": PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=rank),
-            "runtime_env": {"env_vars": NO_MULTICAST},
         }  # fmt: skip
         actor = self._ray.remote(**options)(RankActor)
         return actor.remote(rank, str(folder), dict(vars(config)))

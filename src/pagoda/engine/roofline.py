@@ -18,13 +18,16 @@ from pagoda.models.limits import CEILINGS, Ceiling, Limits
 from pagoda.models.spec import ModelSpec
 
 MIB = 1 << 20
-# Measured on an H200 (docs/performance.md): what a decode step of one row takes over its bytes, by layer; the share of
-# the matmul rate that a long prompt reaches; what the driver and the libraries hold of a device's memory.
-LAYER_SECONDS = 18e-6
+# Measured on an H200 (docs/performance.md): W1 of shapes A and B give the share of the limit that a decode step's reads
+# reach and what each layer takes on top of them, W1 of A4 the share of 4-bit weights; the share of the matmul rate that
+# a long prompt reaches; what the driver and the libraries hold of a device's memory.
+READ_SHARE = 0.88
+READ_SHARE_INT4 = 0.57
+LAYER_SECONDS = 14.5e-6
 PROMPT_SHARE = 0.9
 RESERVED_BYTES = 640 * MIB
-# One all-reduce over NVLink: its latency, and the rate of the rest.
-REDUCE_SECONDS = 8e-6
+# One all-reduce over NVLink: its latency, and the rate of the rest (estimates).
+REDUCE_SECONDS = 4e-6
 REDUCE_RATE = 200e9
 MAX_TP = 8
 
@@ -88,7 +91,7 @@ def weight_bytes(spec: ModelSpec, tp: int, dtype_bytes: int) -> int:
 class Prediction:
     """A set-up in numbers. Speeds with `running` sessions that each hold `context` tokens: `concurrency`, or as many of
     them as fit; the first token of a prompt of `prompt` tokens that runs alone. `limit_*` is the roofline, the others
-    add the time of every layer."""
+    are what we reach of it, with the time of every layer added."""
 
     gpu: str
     tp: int
@@ -124,12 +127,13 @@ def predict(spec: ModelSpec, config: EngineConfig, gpu: str, prompt: int) -> Pre
     rows = max(1, min(wanted, memory.num_tokens // context))
     limits = Limits(spec, config, device.rates)
     step = limits.decode(rows, context)
+    share = READ_SHARE_INT4 if limits.scheme == "int4" else READ_SHARE
     first = max(limits.prefill([prompt]), limits.weight_bytes / limits.read)
     layers = spec.num_layers * LAYER_SECONDS
     return Prediction(
         gpu=gpu, tp=tp, memory=memory, concurrency=wanted, running=rows, context=context, prompt=prompt,
         fits=memory.session_len >= context and memory.num_tokens >= wanted * context,
-        tokens_per_second=rows / (step + layers + reduce_seconds(spec, tp, rows)),
+        tokens_per_second=rows / (step / share + layers + reduce_seconds(spec, tp, rows)),
         limit_tokens_per_second=rows / step,
         first_token_seconds=first / PROMPT_SHARE + layers + reduce_seconds(spec, tp, prompt),
         limit_first_token_seconds=first,

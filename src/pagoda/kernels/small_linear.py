@@ -242,6 +242,11 @@ _GEMV = {  # BN, BK, warps, unroll
     (6144, 1024, True): (2, 1024, 4, 1),
     (1024, 3072, False): (4, 1024, 4, 2),
     (151936, 1024, False): (4, 512, 2, 2),
+    # halves of the first, as two ranks hold them: the tiles of the whole, not swept
+    (3072, 4096, False): (2, 1024, 4, 1),
+    (4096, 2048, False): (8, 1024, 4, 1),
+    (4096, 7168, False): (8, 1024, 4, 1),
+    (64128, 4096, False): (4, 256, 1, 4),
 }
 _DOT = {  # up to 16 rows: BN, BK, warps, stages, split; BN counts gate and up rows
     (6144, 4096, False): (64, 256, 4, 4, 1),

@@ -32,7 +32,7 @@ class Limits:
     """Of one model under one configuration, split over `config.tp` devices of the same kind."""
 
     def __init__(self, spec: ModelSpec, config: EngineConfig, ceiling: Ceiling):
-        scheme = spec.quant.scheme if spec.quant is not None else config.weight_format
+        self.scheme = scheme = spec.quant.scheme if spec.quant is not None else config.weight_format
         heads, width = spec.num_heads + 2 * spec.num_kv_heads, spec.num_heads * spec.head_dim
         layer = spec.hidden_size * (heads * spec.head_dim + width + 3 * spec.ffn_size)
         self.body = layer * spec.num_layers  # parameters that every token is multiplied with

@@ -2,7 +2,8 @@
 
 Canonical: see `schemes`; packed: the same tensors on the device, scales float32. Activations are quantized a row (or a
 row and 128 inputs, for float8 scales of that form) at a time as they come, or by the checkpoint's static `input_scale`.
-Under tensor parallelism each rank takes the scale of its own inputs.
+A rank takes the scale of its own inputs: no larger than that of the whole row, so its codes are no coarser, and no
+exchange stands before the product.
 Shape letters: T rows, N out features, K in features, G groups of 128 inputs.
 """
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pagoda.config import EngineConfig
+from pagoda.kernels.all_reduce import takes_norm
 from pagoda.kernels.decode_attention_fused import decode_attention_fused
 from pagoda.kernels.embed_rows import embed_rows
 from pagoda.kernels.rms_norm import rms_norm
@@ -20,7 +21,7 @@ from pagoda.layers.linear import Linear
 from pagoda.layers.linear import Norm as InputNorm
 from pagoda.layers.parallel import Group
 from pagoda.models.decoder import Add, Attend, Embed, Gate, Head, Norm, Op, Project, RopeWrite, StepInput, StepProgram
-from pagoda.models.executors.eager import EagerExecutor, Frame
+from pagoda.models.executors.eager import ROW_PARALLEL, EagerExecutor, Frame
 
 MAX_PLANNED_ROWS = 256  # steps of more rows share one plan
 MAX_FUSED_ATTENTION_ROWS = 4  # above, rope and cache write are a kernel of their own (B: 26 us a step at 8 rows)
@@ -38,6 +39,14 @@ class FusedProject:
     norm: InputNorm | None = None
     act: str | None = None
     residual: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class SumProject:
+    """h = h + linear(x) of all ranks; x = rms_norm(h) where `norm` is given. Two kernels, the second over the link."""
+
+    linear: Linear
+    norm: InputNorm | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,14 +84,21 @@ class GpuExecutor(EagerExecutor):
         self._plans: dict[tuple[int, bool], tuple[Any, ...]] = {}
 
     def describe(self) -> str:
-        kernels = (len(self.plan(1, True)) - 3) // self.program.spec.num_layers  # less embedding, row choice and head
-        name = torch.cuda.get_device_name(self.device)
-        return f"fused kernels on {name}, {str(self.dtype).removeprefix('torch.')}, {kernels} a layer at one row"
+        plan = self.plan(1, True)
+        kernels = len(plan) - 3 + sum(isinstance(op, SumProject) for op in plan)  # less embedding, row choice and head
+        name, dtype = torch.cuda.get_device_name(self.device), str(self.dtype).removeprefix("torch.")
+        return f"fused kernels on {name}, {dtype}, {kernels // self.program.spec.num_layers} a layer at one row"
 
     @torch.no_grad()
     def forward(self, step: StepInput, gather: bool = True) -> Tensor:
-        plan = self.plan(step.token_T.shape[0], step.decode)
-        return self._walk(plan, step, gather, early=step.decode and self._early)
+        rows = step.token_T.shape[0]
+        # NCCL's kernels take no part in early launch: nothing that may stand behind one starts early.
+        early = step.decode and self._early and (self.group.size == 1 or self._sums_at_once(rows))
+        return self._walk(self.plan(rows, step.decode), step, gather, early)
+
+    def _sums_at_once(self, rows: int) -> bool:
+        """Whether one kernel sums the residual stream of so many rows over the ranks."""
+        return self.group.sums_at_once(rows * self.program.spec.hidden_size * self.dtype.itemsize, self.dtype)
 
     def plan(self, rows: int, decode: bool) -> tuple[Any, ...]:
         """The operations of a step of that many tokens."""
@@ -113,6 +129,9 @@ class GpuExecutor(EagerExecutor):
                 return FusedProject(linear, act=act), 2
             case [Project(linear), Add(), *_] if alone and self._takes_sum(linear, ahead[1:], rows):
                 return FusedProject(linear, residual=True), 2
+            case [Project(linear), Add(), *after] if linear.role in ROW_PARALLEL and self._sums_in_step(rows):
+                norm = self._norm_after_sum(after, rows, decode)
+                return SumProject(linear, norm), 2 if norm is None else 3
             case [RopeWrite() as r, Attend() as a, Project(o), *_] if decode and rows <= MAX_FUSED_ATTENTION_ROWS:
                 at_once = rows == 1 and o.scheme.name == "dense"
                 return FusedAttend(r, a, EARLY_AT_ONCE if at_once else EARLY_AFTER_BLOCKS), 2
@@ -120,6 +139,16 @@ class GpuExecutor(EagerExecutor):
                 return AddNorm(n), 2
             case _:
                 return ahead[0], 1
+
+    def _sums_in_step(self, rows: int) -> bool:
+        return rows <= MAX_PLANNED_ROWS and self._sums_at_once(rows)
+
+    def _norm_after_sum(self, after: list[Op], rows: int, decode: bool) -> InputNorm | None:
+        """The norm that the sum over the ranks does on the way: one that no product would take in."""
+        if not after or not isinstance(after[0], Norm) or self._rule(after, rows, decode)[0] is not after[0]:
+            return None
+        gain_C = after[0].weight_C
+        return InputNorm(gain_C, after[0].eps) if gain_C.dtype == self.dtype and takes_norm(gain_C) else None
 
     def _takes_sum(self, linear: Linear, after: list[Op], rows: int) -> bool:
         """Whether the residual sum goes into the kernel of the matrix. Where the next norm would take it for nothing,
@@ -129,11 +158,13 @@ class GpuExecutor(EagerExecutor):
 
     def _embed(self, op: Embed, f: Frame) -> None:
         """The rows of the table and the angles in one launch, where both are plain look-ups."""
-        if op.split or self.rope.table is None:
+        if self.rope.table is None:
             return super()._embed(op, f)
-        step = f.step
+        step, first = f.step, self.group.rank * op.weight_VC.shape[0] if op.split else 0
         table = (op.weight_VC, op.scale, self.rope.table)
-        f.h, f.cos_TP, f.sin_TP = embed_rows(step.token_T, step.position_T, *table, early_launch=f.early)
+        f.h, f.cos_TP, f.sin_TP = embed_rows(step.token_T, step.position_T, *table, first, early_launch=f.early)
+        if op.split:
+            f.h = self.group.all_reduce_(f.h, f.early)
 
     def _fused_project(self, op: FusedProject, f: Frame) -> None:
         x = f.x if op.norm is None else f.h
@@ -143,6 +174,11 @@ class GpuExecutor(EagerExecutor):
             f.h = y
         else:
             f.x = y
+
+    def _sum_project(self, op: SumProject, f: Frame) -> None:
+        part = op.linear(f.x, pdl=f.early)
+        f.h, y = self.group.sum_(part, f.h, op.norm, f.early)
+        f.x = part if y is None else y
 
     def _fused_attend(self, op: FusedAttend, f: Frame) -> None:
         step, spec, rope = f.step, self.program.spec, op.rope
@@ -167,6 +203,7 @@ class GpuExecutor(EagerExecutor):
     HANDLERS = EagerExecutor.HANDLERS | {
         Embed: _embed,
         FusedProject: _fused_project,
+        SumProject: _sum_project,
         FusedAttend: _fused_attend,
         AddNorm: _add_norm,
         NormHead: _norm_head,
