@@ -13,6 +13,22 @@ pytestmark = [
 ]
 
 
+def check_with_residual_and_norm(group: Group, device: torch.device, dtype: torch.dtype) -> None:
+    """Call after call into both slots, rows of every width, early or not; the same bits on both ranks."""
+    for n, (rows, width) in enumerate([(1, 4096), (5, 1000), (64, 8192), (1, 64), (256, 4096), (3, 2888)]):
+        parts = [torch.randn(rows, width, generator=torch.Generator().manual_seed(9 * n + r)).to(dtype) for r in (0, 1)]
+        residual, gain = parts[0].flip(0) + 1, parts[1][0] + 2
+        want_y, want_s = all_reduce_reference(parts, residual, (gain, 1e-5))
+        for early in (False, True):
+            norm = (gain.to(device), 1e-5)
+            s, y = group.sum_(parts[group.rank].to(device), residual.to(device), norm, early)
+            atol = 1e-5 if dtype == torch.float32 else 0.05
+            torch.testing.assert_close(s.cpu(), want_s, atol=atol, rtol=0.01)
+            torch.testing.assert_close(y.cpu(), want_y, atol=atol, rtol=0.02)
+            bits = int(s.view(torch.int32).long().sum())
+            assert group.smallest(bits) == -group.smallest(-bits)
+
+
 def work(rank: int, size: int, meeting: str, one_shot: bool) -> None:
     device = torch.device("cuda", rank)
     group = Group.join(rank, size, meeting, device, one_shot)
@@ -23,13 +39,16 @@ def work(rank: int, size: int, meeting: str, one_shot: bool) -> None:
             atol = 1e-5 if dtype == torch.float32 else 0.05
             torch.testing.assert_close(group.all_reduce_(x.clone()).cpu(), want, atol=atol, rtol=0.01)
             graph, static = torch.cuda.CUDAGraph(), x.clone()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's watchdog asks for events
                 group.all_reduce_(static)
             for _ in range(3):
                 static.copy_(x)
                 graph.replay()
             torch.testing.assert_close(static.cpu(), want, atol=atol, rtol=0.01)
             del graph
+        if one_shot:
+            assert group.sums_at_once(8192, dtype), group.describe()
+            check_with_residual_and_norm(group, device, dtype)
     torch.cuda.synchronize()
     group.close()
 

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import transformers
+from mended import mend_interpreter
 
 from pagoda.config import EngineConfig
 from pagoda.kernels import decode_attention, decode_attention_fused, prefill_attention, rope_cache
@@ -102,6 +103,7 @@ def split_rank(rank: int, size: int, folder, buffers: list[torch.Tensor]) -> Non
     dist.init_process_group("gloo", **place)
     sums = OneShot(rank, torch.tensor([b.data_ptr() for b in buffers]), SUM_BYTES)
     group = Group(rank, size, dist.group.WORLD, torch.device("cpu"), sums)
+    mend_interpreter()
     with pytest.MonkeyPatch.context() as patch:
         open_doors(patch)
         run, ours = split_logits(GpuExecutor, folder, group, torch.float16)

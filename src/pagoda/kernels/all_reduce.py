@@ -16,6 +16,7 @@ NVLink multicast is never used. `benchmarks/tensor_parallel.py` measures it agai
 Shape letters: T rows, C columns, W words (4 bytes) of a row, N ranks.
 """
 
+import os
 from typing import Any
 
 import torch
@@ -171,6 +172,7 @@ class OneShot:
 
         if not HAS_TRITON:
             raise RuntimeError("Triton is not installed")
+        os.environ.setdefault("TORCH_SYMMMEM_IMPLICIT_POOL", "0")  # a plain allocation, given back when it is dropped
         rank, size = ranks.rank(), ranks.size()
         max_bytes = MAX_BYTES.get(size, MAX_BYTES_MORE)
         buffer = symmetric.empty(cls.buffer_words(size, max_bytes), dtype=torch.int64, device=device)
