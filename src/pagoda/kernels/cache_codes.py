@@ -87,17 +87,8 @@ def load_meta(scale, zero, cell, head, t, ok, BL: tl.constexpr, SCHEME: tl.const
 
 @jit
 def load_codes(
-    k,
-    v,
-    cell,
-    t,
-    ok,
-    BL: tl.constexpr,
-    W: tl.constexpr,
-    WP: tl.constexpr,
-    SCHEME: tl.constexpr,
-    MASK: tl.constexpr,
-):
+    k, v, cell, t, ok, BL: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, SCHEME: tl.constexpr, MASK: tl.constexpr,
+):  # fmt: skip
     """K [len(t), WP], V [len(t), WP] (transposed codes are turned). Bytes may be read where nothing was written: they
     are finite whatever they are, and their scale is read as 0. 16-bit values there may be NaN and are not read
     (MASK).
@@ -146,17 +137,9 @@ def capped(s, score_scale, cap, SOFTCAP: tl.constexpr):
 
 @jit
 def softmax_step(
-    queries,
-    tile,
-    state,
-    score_scale,
-    cap,
-    SCHEME: tl.constexpr,
-    STATIC: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    MASK: tl.constexpr,
-    FAST: tl.constexpr,
-):
+    queries, tile, state, score_scale, cap, SCHEME: tl.constexpr, STATIC: tl.constexpr, SOFTCAP: tl.constexpr,
+    MASK: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
     """One tile of keys and values (codes, scales and zeros, the mask of what is seen) into the running softmax of a
     tile of queries (rows, for int4 in two halves; their sums, which keys with zeros need). A quantised cache's products
     are 256 times too large, which keeps small ones out of float16's subnormal numbers (see `normalised`).

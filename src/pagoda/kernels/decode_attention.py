@@ -63,44 +63,12 @@ def decode_attention_reference(
 
 @jit(do_not_specialize=["R", "B"])
 def _decode_kernel(
-    q,
-    k,
-    v,
-    k_scale,
-    v_scale,
-    k_zero,
-    v_zero,
-    table,
-    kv_len,
-    out,
-    part_out,
-    part_ml,
-    counter,
-    score_scale,
-    cap,
-    R,
-    B,
-    K: tl.constexpr,
-    G: tl.constexpr,
-    D: tl.constexpr,
-    BL: tl.constexpr,
-    W: tl.constexpr,
-    WP: tl.constexpr,
-    DP: tl.constexpr,
-    GP: tl.constexpr,
-    BH: tl.constexpr,
-    RP: tl.constexpr,
-    SCHEME: tl.constexpr,
-    STATIC: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    SPLIT: tl.constexpr,
-    TARGET: tl.constexpr,
-    MERGE: tl.constexpr,
-    STAGES: tl.constexpr,
-    FAST: tl.constexpr,
-    EARLY: tl.constexpr,
-):
+    q, k, v, k_scale, v_scale, k_zero, v_zero, table, kv_len, out, part_out, part_ml, counter, score_scale, cap, R, B,
+    K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BL: tl.constexpr, W: tl.constexpr, WP: tl.constexpr,
+    DP: tl.constexpr, GP: tl.constexpr, BH: tl.constexpr, RP: tl.constexpr, SCHEME: tl.constexpr, STATIC: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SPLIT: tl.constexpr, TARGET: tl.constexpr, MERGE: tl.constexpr,
+    STAGES: tl.constexpr, FAST: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
     """One program: one row, one kv head (its G query heads as a tile of BH rows), one part of the row's blocks."""
     row, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if EARLY:
@@ -146,20 +114,10 @@ def kernel_takes(q: Tensor, cache: LayerCache) -> bool:
 
 
 def decode_attention_launch(
-    q_RHD: Tensor,
-    cache: LayerCache,
-    kv_len_R: Tensor,
-    block_table_RB: Tensor,
-    scale: float,
-    window: int = 0,
-    softcap: float = 0.0,
-    early_launch: bool = False,
-    num_warps: int = 4,
-    num_stages: int = 3,
-    merge: int = 4,
-    target: int = TARGET_PROGRAMS,
-    out_RHD: Tensor | None = None,
-) -> Tensor:
+    q_RHD: Tensor, cache: LayerCache, kv_len_R: Tensor, block_table_RB: Tensor, scale: float, window: int = 0,
+    softcap: float = 0.0, early_launch: bool = False, num_warps: int = 4, num_stages: int = 3, merge: int = 4,
+    target: int = TARGET_PROGRAMS, out_RHD: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """The Triton kernel."""
     rows, heads = q_RHD.shape[:2]
     out_RHD = torch.empty_like(q_RHD) if out_RHD is None else out_RHD

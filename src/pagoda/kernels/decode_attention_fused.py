@@ -36,27 +36,10 @@ def whole(low, high):
 
 @jit
 def row_heads(
-    qkv,
-    cos,
-    sin,
-    q_gain,
-    k_gain,
-    q_scale,
-    rotation,
-    row,
-    head,
-    eps,
-    H: tl.constexpr,
-    K: tl.constexpr,
-    G: tl.constexpr,
-    D: tl.constexpr,
-    BH: tl.constexpr,
-    HP: tl.constexpr,
-    PAIRS: tl.constexpr,
-    NORM: tl.constexpr,
-    LOGN: tl.constexpr,
+    qkv, cos, sin, q_gain, k_gain, q_scale, rotation, row, head, eps, H: tl.constexpr, K: tl.constexpr, G: tl.constexpr,
+    D: tl.constexpr, BH: tl.constexpr, HP: tl.constexpr, PAIRS: tl.constexpr, NORM: tl.constexpr, LOGN: tl.constexpr,
     ROTATE: tl.constexpr,
-):
+):  # fmt: skip
     """One row's G queries of a kv head and, as row G, its key: (low, high) [BH, HP] in the cache's basis, float32."""
     rh = tl.arange(0, BH)
     is_k = rh == G
@@ -73,17 +56,8 @@ def row_heads(
 
 @jit
 def attend_new(
-    queries,
-    state,
-    k_low,
-    k_high,
-    v_low,
-    v_high,
-    score_scale,
-    cap,
-    SCHEME: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-):
+    queries, state, k_low, k_high, v_low, v_high, score_scale, cap, SCHEME: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
     """The step's own key and value [1, HP], as the cache holds them, into the running softmax of query halves."""
     q_low, q_high = queries
     m, l, acc, acc_high = state
@@ -105,57 +79,14 @@ def attend_new(
 
 @jit(do_not_specialize=["R", "B"])
 def _fused_kernel(
-    qkv,
-    cos,
-    sin,
-    slot,
-    q_gain,
-    k_gain,
-    q_scale,
-    rotation,
-    k,
-    v,
-    k_scale,
-    v_scale,
-    k_zero,
-    v_zero,
-    table,
-    kv_len,
-    out,
-    part_out,
-    part_ml,
-    counter,
-    score_scale,
-    cap,
-    eps,
-    R,
-    B,
-    H: tl.constexpr,
-    K: tl.constexpr,
-    G: tl.constexpr,
-    D: tl.constexpr,
-    BL: tl.constexpr,
-    W: tl.constexpr,
-    WP: tl.constexpr,
-    DP: tl.constexpr,
-    GP: tl.constexpr,
-    BH: tl.constexpr,
-    RP: tl.constexpr,
-    PAIRS: tl.constexpr,
-    SCHEME: tl.constexpr,
-    STATIC: tl.constexpr,
-    NORM: tl.constexpr,
-    LOGN: tl.constexpr,
-    ROTATE: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    SPLIT: tl.constexpr,
-    TARGET: tl.constexpr,
-    MERGE: tl.constexpr,
-    STAGES: tl.constexpr,
-    FAST: tl.constexpr,
+    qkv, cos, sin, slot, q_gain, k_gain, q_scale, rotation, k, v, k_scale, v_scale, k_zero, v_zero, table, kv_len, out,
+    part_out, part_ml, counter, score_scale, cap, eps, R, B, H: tl.constexpr, K: tl.constexpr, G: tl.constexpr,
+    D: tl.constexpr, BL: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, DP: tl.constexpr, GP: tl.constexpr,
+    BH: tl.constexpr, RP: tl.constexpr, PAIRS: tl.constexpr, SCHEME: tl.constexpr, STATIC: tl.constexpr,
+    NORM: tl.constexpr, LOGN: tl.constexpr, ROTATE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    SPLIT: tl.constexpr, TARGET: tl.constexpr, MERGE: tl.constexpr, STAGES: tl.constexpr, FAST: tl.constexpr,
     EARLY: tl.constexpr,
-):
+):  # fmt: skip
     """One program: one row, one kv head, one part of the row's blocks; the last part takes the new token from
     registers. Before the wait it reads lengths, tables and old blocks alone: they may be several kernels ahead of the
     queries.
@@ -220,26 +151,11 @@ def _fused_kernel(
 
 
 def decode_attention_fused_launch(
-    qkv_RE: Tensor,
-    cos_RP: Tensor,
-    sin_RP: Tensor,
-    slot_R: Tensor,
-    cache: LayerCache,
-    kv_len_R: Tensor,
-    block_table_RB: Tensor,
-    scale: float,
-    window: int = 0,
-    softcap: float = 0.0,
-    q_norm_D: Tensor | None = None,
-    k_norm_D: Tensor | None = None,
-    norm_eps: float = 0.0,
-    q_scale_R: Tensor | None = None,
-    early_launch: int = 0,
-    num_warps: int = 4,
-    num_stages: int = 3,
-    merge: int | None = None,
-    target: int = TARGET_PROGRAMS,
-) -> Tensor:
+    qkv_RE: Tensor, cos_RP: Tensor, sin_RP: Tensor, slot_R: Tensor, cache: LayerCache, kv_len_R: Tensor,
+    block_table_RB: Tensor, scale: float, window: int = 0, softcap: float = 0.0, q_norm_D: Tensor | None = None,
+    k_norm_D: Tensor | None = None, norm_eps: float = 0.0, q_scale_R: Tensor | None = None, early_launch: int = 0,
+    num_warps: int = 4, num_stages: int = 3, merge: int | None = None, target: int = TARGET_PROGRAMS,
+) -> Tensor:  # fmt: skip
     """The Triton kernel; both gains or neither, head_dim a power of two from 32.
 
     merge: parts that are added at a time. Eight win (105 us of a one-row step of A) where the next kernel started at
@@ -297,22 +213,10 @@ def decode_attention_fused_launch(
 
 
 def decode_attention_fused(
-    qkv_RE: Tensor,
-    cos_RP: Tensor,
-    sin_RP: Tensor,
-    slot_R: Tensor,
-    cache: LayerCache,
-    kv_len_R: Tensor,
-    block_table_RB: Tensor,
-    scale: float,
-    window: int = 0,
-    softcap: float = 0.0,
-    q_norm_D: Tensor | None = None,
-    k_norm_D: Tensor | None = None,
-    norm_eps: float = 0.0,
-    q_scale_R: Tensor | None = None,
-    early_launch: int = 0,
-) -> Tensor:
+    qkv_RE: Tensor, cos_RP: Tensor, sin_RP: Tensor, slot_R: Tensor, cache: LayerCache, kv_len_R: Tensor,
+    block_table_RB: Tensor, scale: float, window: int = 0, softcap: float = 0.0, q_norm_D: Tensor | None = None,
+    k_norm_D: Tensor | None = None, norm_eps: float = 0.0, q_scale_R: Tensor | None = None, early_launch: int = 0,
+) -> Tensor:  # fmt: skip
     """-> out [R, H * D] in qkv's dtype, new memory; the cache holds the new keys and values afterwards. Arguments as in
     `rope_and_write` and `decode_attention`: kv_len counts the new token, whose slot is slot_R[r] (< 0: attended to, not
     written). Where the kernel does not hold (CPU; head_dim no power of two; one gain alone) the two ops run in turn.

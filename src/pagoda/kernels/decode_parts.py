@@ -20,16 +20,9 @@ MAX_PARTS = 64
 
 @jit
 def plan_of(
-    row,
-    kv_len,
-    R,
-    parts,
-    BL: tl.constexpr,
-    K: tl.constexpr,
-    RP: tl.constexpr,
-    WINDOW: tl.constexpr,
+    row, kv_len, R, parts, BL: tl.constexpr, K: tl.constexpr, RP: tl.constexpr, WINDOW: tl.constexpr,
     TARGET: tl.constexpr,
-):
+):  # fmt: skip
     """One row's length, first block, end block, and blocks a part, so that all rows together make about TARGET
     parts.
     """
@@ -47,19 +40,9 @@ def plan_of(
 
 @jit
 def load_tile(
-    arrays,
-    table,
-    head,
-    i,
-    start,
-    stop,
-    K: tl.constexpr,
-    BL: tl.constexpr,
-    W: tl.constexpr,
-    WP: tl.constexpr,
-    SCHEME: tl.constexpr,
-    STATIC: tl.constexpr,
-):
+    arrays, table, head, i, start, stop, K: tl.constexpr, BL: tl.constexpr, W: tl.constexpr, WP: tl.constexpr,
+    SCHEME: tl.constexpr, STATIC: tl.constexpr,
+):  # fmt: skip
     """Block i of a row's table as `softmax_step` takes it; tokens start .. stop - 1 count."""
     k, v, k_scale, v_scale, k_zero, v_zero = arrays
     t = tl.arange(0, BL)
@@ -73,27 +56,10 @@ def load_tile(
 
 @jit
 def attend_blocks(
-    queries,
-    arrays,
-    table,
-    head,
-    i0,
-    i1,
-    start,
-    stop,
-    state,
-    score_scale,
-    cap,
-    K: tl.constexpr,
-    BL: tl.constexpr,
-    W: tl.constexpr,
-    WP: tl.constexpr,
-    SCHEME: tl.constexpr,
-    STATIC: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    STAGES: tl.constexpr,
-    FAST: tl.constexpr,
-):
+    queries, arrays, table, head, i0, i1, start, stop, state, score_scale, cap, K: tl.constexpr, BL: tl.constexpr,
+    W: tl.constexpr, WP: tl.constexpr, SCHEME: tl.constexpr, STATIC: tl.constexpr, SOFTCAP: tl.constexpr,
+    STAGES: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
     """Blocks i0 .. i1 - 1 of one row's table into the running softmax."""
     m, l, acc, acc_high = state
     for i in tl.range(i0, i1, num_stages=STAGES):
@@ -136,25 +102,10 @@ def merge_parts(
 
 @jit
 def finish_part(
-    state,
-    out,
-    part_out,
-    part_ml,
-    counter,
-    tile,
-    part,
-    num,
-    G: tl.constexpr,
-    GP: tl.constexpr,
-    BH: tl.constexpr,
-    D: tl.constexpr,
-    DP: tl.constexpr,
-    W: tl.constexpr,
-    WP: tl.constexpr,
-    SCHEME: tl.constexpr,
-    SPLIT: tl.constexpr,
+    state, out, part_out, part_ml, counter, tile, part, num, G: tl.constexpr, GP: tl.constexpr, BH: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, SCHEME: tl.constexpr, SPLIT: tl.constexpr,
     MERGE: tl.constexpr,
-):
+):  # fmt: skip
     """A part that is alone writes its result to `out` [G, D]; otherwise parts meet, and the last to arrive merges them.
     `tile` counts (row, kv head); the counter is 0 before and after.
     """

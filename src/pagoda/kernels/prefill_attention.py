@@ -26,16 +26,9 @@ QUERY_TILE = 256  # queries of one score matrix of the reference: bounds its mem
 
 
 def prefill_attention_reference(
-    q_THD: Tensor,
-    cache: LayerCache,
-    query_start_R1: Tensor,
-    kv_len_R: Tensor,
-    block_table_RB: Tensor,
-    max_query_len: int,
-    scale: float,
-    window: int = 0,
-    softcap: float = 0.0,
-) -> Tensor:
+    q_THD: Tensor, cache: LayerCache, query_start_R1: Tensor, kv_len_R: Tensor, block_table_RB: Tensor,
+    max_query_len: int, scale: float, window: int = 0, softcap: float = 0.0,
+) -> Tensor:  # fmt: skip
     """`prefill_attention` in plain torch: a loop over rows and query tiles, float32 inside."""
     out_THD = torch.zeros_like(q_THD)
     heads, dim = q_THD.shape[1:]
@@ -76,30 +69,10 @@ def row_of_tile(tile, query_start, origin, R, RP: tl.constexpr, BQ: tl.constexpr
 
 @jit
 def sweep_keys(
-    queries,
-    arrays,
-    table,
-    head,
-    n0,
-    n1,
-    position,
-    kv_len,
-    state,
-    score_scale,
-    cap,
-    K: tl.constexpr,
-    BL: tl.constexpr,
-    BN: tl.constexpr,
-    W: tl.constexpr,
-    WP: tl.constexpr,
-    SCHEME: tl.constexpr,
-    STATIC: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    MASK: tl.constexpr,
-    STAGES: tl.constexpr,
-    FAST: tl.constexpr,
-):
+    queries, arrays, table, head, n0, n1, position, kv_len, state, score_scale, cap, K: tl.constexpr, BL: tl.constexpr,
+    BN: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, SCHEME: tl.constexpr, STATIC: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, MASK: tl.constexpr, STAGES: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
     """Keys n0 .. n1 - 1 (n0 a multiple of BN) into the running softmax. Without MASK every query sees them all."""
     k, v, k_scale, v_scale, k_zero, v_zero = arrays
     m, l, acc, acc_high = state
@@ -126,39 +99,11 @@ def sweep_keys(
 
 @jit(do_not_specialize=["R", "B"], do_not_specialize_on_alignment=["table", "query_start", "kv_lens"])
 def _prefill_kernel(
-    q,
-    k,
-    v,
-    k_scale,
-    v_scale,
-    k_zero,
-    v_zero,
-    table,
-    query_start,
-    kv_lens,
-    out,
-    score_scale,
-    cap,
-    R,
-    B,
-    K: tl.constexpr,
-    G: tl.constexpr,
-    D: tl.constexpr,
-    BL: tl.constexpr,
-    W: tl.constexpr,
-    WP: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BQ: tl.constexpr,
-    RP: tl.constexpr,
-    SCHEME: tl.constexpr,
-    STATIC: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    STAGES: tl.constexpr,
-    FAST: tl.constexpr,
-    EARLY: tl.constexpr,
-):
+    q, k, v, k_scale, v_scale, k_zero, v_zero, table, query_start, kv_lens, out, score_scale, cap, R, B,
+    K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BL: tl.constexpr, W: tl.constexpr, WP: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BQ: tl.constexpr, RP: tl.constexpr, SCHEME: tl.constexpr, STATIC: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, STAGES: tl.constexpr, FAST: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
     """One program: BQ queries of one row times the G heads of one kv head, as a tile of BM rows (BQ * G <= BM)."""
     if EARLY:
         gdc_wait()
@@ -226,18 +171,10 @@ def tile_for(q_THD: Tensor, cache: LayerCache) -> PrefillTile:
 
 
 def prefill_attention_launch(
-    q_THD: Tensor,
-    cache: LayerCache,
-    query_start_R1: Tensor,
-    kv_len_R: Tensor,
-    block_table_RB: Tensor,
-    scale: float,
-    window: int = 0,
-    softcap: float = 0.0,
-    early_launch: bool = False,
-    tile: PrefillTile | None = None,
+    q_THD: Tensor, cache: LayerCache, query_start_R1: Tensor, kv_len_R: Tensor, block_table_RB: Tensor, scale: float,
+    window: int = 0, softcap: float = 0.0, early_launch: bool = False, tile: PrefillTile | None = None,
     out_THD: Tensor | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """The Triton kernel. query_start may begin above 0: earlier queries belong to others."""
     tokens, heads = q_THD.shape[:2]
     rows, width = block_table_RB.shape
@@ -280,20 +217,10 @@ def prefill_attention_launch(
 
 
 def prefill_attention(
-    q_THD: Tensor,
-    cache: LayerCache,
-    query_start_R1: Tensor,
-    kv_len_R: Tensor,
-    block_table_RB: Tensor,
-    max_query_len: int,
-    scale: float,
-    window: int = 0,
-    softcap: float = 0.0,
-    early_launch: bool = False,
-    single_rows: int = 0,
-    single_len_R: Tensor | None = None,
-    fresh: Fresh = (),
-) -> Tensor:
+    q_THD: Tensor, cache: LayerCache, query_start_R1: Tensor, kv_len_R: Tensor, block_table_RB: Tensor,
+    max_query_len: int, scale: float, window: int = 0, softcap: float = 0.0, early_launch: bool = False,
+    single_rows: int = 0, single_len_R: Tensor | None = None, fresh: Fresh = (),
+) -> Tensor:  # fmt: skip
     """-> out [T, H, D] in q's dtype, new memory. Row r owns queries query_start[r] .. query_start[r+1] - 1 (at most
     max_query_len of them, none is allowed): the last tokens of its kv_len_R[r] cached ones. Query i of n sees keys up
     to position kv_len - n + i, and of these the last `window` (0: all). Queries of no row (past query_start[R]) come

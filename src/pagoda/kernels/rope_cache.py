@@ -20,19 +20,10 @@ def rotate_half(x_TnD: Tensor, cos_TP: Tensor, sin_TP: Tensor) -> Tensor:
 
 
 def rope_and_write_reference(
-    qkv_TE: Tensor,
-    cos_TP: Tensor,
-    sin_TP: Tensor,
-    slot_T: Tensor,
-    cache: LayerCache,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    q_norm_D: Tensor | None = None,
-    k_norm_D: Tensor | None = None,
-    norm_eps: float = 0.0,
-    q_scale_T: Tensor | None = None,
-) -> Tensor:
+    qkv_TE: Tensor, cos_TP: Tensor, sin_TP: Tensor, slot_T: Tensor, cache: LayerCache, num_heads: int,
+    num_kv_heads: int, head_dim: int, q_norm_D: Tensor | None = None, k_norm_D: Tensor | None = None,
+    norm_eps: float = 0.0, q_scale_T: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """`rope_and_write` in plain torch, float32 inside."""
     heads = qkv_TE.view(qkv_TE.shape[0], num_heads + 2 * num_kv_heads, head_dim).float()
     q, k, v = heads.split([num_heads, num_kv_heads, num_kv_heads], 1)
@@ -49,38 +40,11 @@ def rope_and_write_reference(
 
 @jit(do_not_specialize=["T"])
 def _rope_kernel(
-    qkv,
-    cos,
-    sin,
-    slot,
-    q_gain,
-    k_gain,
-    q_scale,
-    rotation,
-    q,
-    k,
-    v,
-    k_scale,
-    v_scale,
-    k_zero,
-    v_zero,
-    T,
-    eps,
-    H: tl.constexpr,
-    K: tl.constexpr,
-    D: tl.constexpr,
-    HP: tl.constexpr,
-    PAIRS: tl.constexpr,
-    BL: tl.constexpr,
-    BT: tl.constexpr,
-    HEADS: tl.constexpr,
-    SCHEME: tl.constexpr,
-    STATIC: tl.constexpr,
-    NORM: tl.constexpr,
-    LOGN: tl.constexpr,
-    ROTATE: tl.constexpr,
-    EARLY: tl.constexpr,
-):
+    qkv, cos, sin, slot, q_gain, k_gain, q_scale, rotation, q, k, v, k_scale, v_scale, k_zero, v_zero, T, eps,
+    H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, HP: tl.constexpr, PAIRS: tl.constexpr, BL: tl.constexpr,
+    BT: tl.constexpr, HEADS: tl.constexpr, SCHEME: tl.constexpr, STATIC: tl.constexpr, NORM: tl.constexpr,
+    LOGN: tl.constexpr, ROTATE: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
     """BT tokens x HEADS of the H + 2K heads a program; HP is D/2 padded."""
     if EARLY:
         gdc_wait()
@@ -119,21 +83,10 @@ def _rope_kernel(
 
 
 def rope_and_write_launch(
-    qkv_TE: Tensor,
-    cos_TP: Tensor,
-    sin_TP: Tensor,
-    slot_T: Tensor,
-    cache: LayerCache,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    q_norm_D: Tensor | None = None,
-    k_norm_D: Tensor | None = None,
-    norm_eps: float = 0.0,
-    q_scale_T: Tensor | None = None,
-    early_launch: bool = False,
-    token_tile: int = 16,
-) -> Tensor:
+    qkv_TE: Tensor, cos_TP: Tensor, sin_TP: Tensor, slot_T: Tensor, cache: LayerCache, num_heads: int,
+    num_kv_heads: int, head_dim: int, q_norm_D: Tensor | None = None, k_norm_D: Tensor | None = None,
+    norm_eps: float = 0.0, q_scale_T: Tensor | None = None, early_launch: bool = False, token_tile: int = 16,
+) -> Tensor:  # fmt: skip
     """The Triton kernel; both gains or neither."""
     tokens = qkv_TE.shape[0]
     q_THD = torch.empty(tokens, num_heads, head_dim, dtype=qkv_TE.dtype, device=qkv_TE.device)
@@ -178,20 +131,10 @@ def rope_and_write_launch(
 
 
 def rope_and_write(
-    qkv_TE: Tensor,
-    cos_TP: Tensor,
-    sin_TP: Tensor,
-    slot_T: Tensor,
-    cache: LayerCache,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    q_norm_D: Tensor | None = None,
-    k_norm_D: Tensor | None = None,
-    norm_eps: float = 0.0,
-    q_scale_T: Tensor | None = None,
-    early_launch: bool = False,
-) -> Tensor:
+    qkv_TE: Tensor, cos_TP: Tensor, sin_TP: Tensor, slot_T: Tensor, cache: LayerCache, num_heads: int,
+    num_kv_heads: int, head_dim: int, q_norm_D: Tensor | None = None, k_norm_D: Tensor | None = None,
+    norm_eps: float = 0.0, q_scale_T: Tensor | None = None, early_launch: bool = False,
+) -> Tensor:  # fmt: skip
     """-> q [T, H, D] in qkv's dtype, new memory, in the cache's basis.
 
     qkv [T, E] contiguous: query heads, key heads, value heads. QK norm (gains [D], either may be None) comes before

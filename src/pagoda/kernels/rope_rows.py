@@ -17,21 +17,8 @@ def gains(q_gain, k_gain, is_k, at, ok):
 
 @jit
 def partner_turn(
-    x,
-    ok,
-    cos,
-    sin,
-    angle,
-    q_gain,
-    k_gain,
-    is_k,
-    rstd,
-    mine,
-    d,
-    inside,
-    PAIRS: tl.constexpr,
-    NORM: tl.constexpr,
-):
+    x, ok, cos, sin, angle, q_gain, k_gain, is_k, rstd, mine, d, inside, PAIRS: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
     """Channels d of a head that is rotated in part: the partner is read where it lies."""
     turned = inside & (d < 2 * PAIRS)
     other = tl.where(d < PAIRS, d + PAIRS, d - PAIRS)
@@ -47,20 +34,9 @@ def partner_turn(
 
 @jit
 def rope_rows(
-    x,
-    ok,
-    cos,
-    sin,
-    angle,
-    q_gain,
-    k_gain,
-    is_k,
-    eps,
-    D: tl.constexpr,
-    HP: tl.constexpr,
-    PAIRS: tl.constexpr,
+    x, ok, cos, sin, angle, q_gain, k_gain, is_k, eps, D: tl.constexpr, HP: tl.constexpr, PAIRS: tl.constexpr,
     NORM: tl.constexpr,
-):
+):  # fmt: skip
     """Row pointers x -> (low, high) [rows, HP] float32 after norm and rope; padding and rows not `ok` are 0. `angle`:
     each row's row of cos and sin.
     """
