@@ -1,5 +1,6 @@
 """Single rules of the scheduler, blocks and prefix cache, each in a small scene."""
 
+import gc
 import subprocess
 import sys
 
@@ -238,3 +239,21 @@ def test_a_token_that_could_not_be_chosen_ends_its_request_and_its_blocks_are_no
     again = request("again", [1, 2, 3, 4, 5] * 3)
     assert engine.run(again) == [alone(again)]
     assert engine.cached["again"] == 0
+
+
+def test_rows_in_flight_are_nothing_to_the_garbage_collector():
+    """Its walks over the rows of large batches cost more than planning them."""
+    engine = Engine(max_batch_size=64, num_blocks=1000, block_len=16)
+    for i in range(64):
+        engine.scheduler.add(request(f"r{i}", [5, 6, 7], max_tokens=50))
+    while engine.scheduler.num_waiting:
+        engine.step()
+    gc.collect()
+    gc.disable()
+    try:
+        before = len(gc.get_objects())
+        plans = [engine.scheduler.schedule() for _ in range(8)]
+        assert [len(plan.rows) for plan in plans] == [64] * 8
+        assert len(gc.get_objects()) - before < 8 * 64 / 2
+    finally:
+        gc.enable()

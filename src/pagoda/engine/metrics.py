@@ -16,7 +16,7 @@ class Histogram(Struct):
 
     def add(self, value: float) -> None:
         """Negative values (clocks of two processes) count as 0."""
-        value = max(0.0, value)
+        value = value if value > 0.0 else 0.0
         self.counts[bisect_left(self.bounds, value)] += 1
         self.total += value
 

@@ -79,7 +79,7 @@ class EngineRequest(Struct):
     max_wait: float = 0.0
 
 
-class TokenLogprobs(Struct):
+class TokenLogprobs(Struct, gc=False):
     """Log-probabilities (natural logarithm) at one position: of the token itself and of the most likely ones, best
     first. They are of the model's own logits, before penalties, bias and temperature."""
 
@@ -88,7 +88,7 @@ class TokenLogprobs(Struct):
     top: list[tuple[int, float]] = []
 
 
-class Output(Struct, omit_defaults=True):
+class Output(Struct, omit_defaults=True, gc=False):
     """News of one request. Every request gets exactly one output with a `finish_reason`, and none after it.
 
     `token_ids` are new ones; a stop token is not among them, it is `stop_id`. `logprobs` stands beside `token_ids`.

@@ -26,7 +26,7 @@ class SlotInit(Struct):
     rope_len: int
 
 
-class Row(Struct):
+class Row(Struct, gc=False):
     """`num_tokens` positions of one slot, from `start` on, whose keys and values this step computes.
 
     `tokens` None: one token, the slot's last sampled one, which may still be only on the device. `samples`: so many of

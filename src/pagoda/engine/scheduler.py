@@ -108,6 +108,7 @@ class Scheduler:
         self._num_added += 1
         seq = Sequence(request, (request.priority, self._num_added), tokens, len(tokens), limit, root)
         seq.lookup = Lookup() if self.config.num_guesses and may_guess(params) else None
+        seq.watched = seq.lookup is not None or params.grammar is not None
         self._live[request.id] = seq
         insort(self._waiting, seq, key=_order)
 
@@ -145,11 +146,14 @@ class Scheduler:
         compute until a result is digested or a request arrives."""
         plan, launched, budget = Schedule(self._num_steps, []), [], self.config.max_step_tokens
         num_preemptions = self.counters.preemptions
-        ready: list[Sequence] = []
-        for seq in list(self._running):
-            if len(ready) < budget and self._may_decode(seq) and self._grow(seq, plan):
-                ready.append(seq)
-        for seq, guesses in self._with_guesses(ready, budget - len(ready), plan):
+        guessing: list[Sequence] = []
+        for seq in list(self._running):  # the youngest are preempted, so no row that is planned already
+            if budget > len(guessing) and self._may_decode(seq) and self._grow(seq, plan):
+                if seq.lookup is None:
+                    budget -= self._launch_next(seq, plan, launched)
+                else:
+                    guessing.append(seq)
+        for seq, guesses in self._with_guesses(guessing, budget - len(guessing), plan):
             budget -= self._launch(seq, 1, plan, launched, guesses)
         for seq in list(self._running):
             if budget and not seq.sampled:
@@ -189,9 +193,7 @@ class Scheduler:
     def _may_decode(self, seq: Sequence) -> bool:
         """It has a last token on the device, room for one more, and was not preempted in this very step. A grammar
         and who guesses must have seen every token."""
-        room = len(seq.tokens) + seq.pending < seq.limit
-        watched = seq.lookup is not None or seq.request.params.grammar is not None
-        return seq.sampled and room and not (seq.pending and watched)
+        return seq.sampled and len(seq.tokens) + seq.pending < seq.limit and not (seq.watched and seq.pending)
 
     def _grow(self, seq: Sequence, plan: Schedule) -> bool:
         """A block for the next position. If none is free the youngest are preempted; False: it was itself the one."""
@@ -258,6 +260,16 @@ class Scheduler:
         plan.inits.append(SlotInit(seq.slot, request_id, params, list(seq.tokens), seq.num_prompt, seq.num_prompt))
         plan.block_updates += [(seq.slot, i, block) for i, block in enumerate(seq.blocks)]
         return seq
+
+    def _launch_next(self, seq: Sequence, plan: Schedule, launched: list[Launched]) -> int:
+        """`_launch` of one token after a last sampled one, which is what nearly all rows are."""
+        start = seq.num_computed
+        plan.rows.append(Row(seq.slot, start))
+        plan.needs_masks |= seq.watched
+        launched.append(Launched(seq, seq.epoch, seq.slot, start + 1, 1, ()))
+        seq.num_computed = start + 1
+        seq.pending += 1
+        return 1
 
     def _launch(
         self, seq: Sequence, num_tokens: int, plan: Schedule, launched: list[Launched], guesses: Iterable[int] = ()
@@ -327,7 +339,7 @@ class Scheduler:
 
     def _name_blocks(self, seq: Sequence, end: int) -> None:
         """The prefix cache may find the blocks that are full of known tokens: those before position `end`."""
-        if self.config.prefix_caching:
+        if self.config.prefix_caching and end // self.config.block_len > seq.num_named:
             for i in range(seq.num_named, end // self.config.block_len):
                 self.cache.put(seq.blocks[i], i, seq.names, seq.root, seq.tokens)
                 seq.num_named = i + 1

@@ -1,13 +1,14 @@
 """What the scheduler remembers of a live request, and of each of its rows in flight."""
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+
+from msgspec import Struct
 
 from pagoda.engine.lookup import Lookup
 from pagoda.engine.request import EngineRequest, TokenLogprobs
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Sequence:
     """A live request: waiting (slot -1) or running. `tokens` is the prompt with its session's history, then what was
     generated and digested; `num_computed` positions and `pending` sampled tokens are launched, digested or not."""
@@ -30,6 +31,7 @@ class Sequence:
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     last_output: float = 0.0
     lookup: Lookup | None = None  # where its tokens are guessed
+    watched: bool = False  # by a grammar or who guesses: its tokens must be known before its next step
 
     @property
     def scores_prompt(self) -> bool:
@@ -37,10 +39,12 @@ class Sequence:
         return self.request.params.prompt_logprobs is not None and len(self.tokens) == self.num_prompt
 
 
-class Launched(NamedTuple):
+class Launched(Struct, gc=False):
+    """One row of a step in flight."""
+
     seq: Sequence
     epoch: int
     slot: int
     end: int  # positions computed after the row
     samples: int
-    guesses: list[int]
+    guesses: list[int] | tuple[()]

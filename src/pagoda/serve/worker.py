@@ -2,6 +2,7 @@
 standard input; when that ends the supervisor is gone, and so is the worker."""
 
 import asyncio
+import gc
 import json
 import os
 import signal
@@ -72,6 +73,7 @@ def main() -> None:
     except (ConfigError, OSError) as error:
         print(f"pagoda: {error}", file=sys.stderr)
         sys.exit(2)
+    gc.freeze()  # full collections leave out what lives as long as the process: the modules
     threading.Thread(target=follow, args=(backend, sys.stdin), daemon=True).start()
     asyncio.run(server.serve(sockets=[socket.socket(fileno=job["fd"])]))
 
