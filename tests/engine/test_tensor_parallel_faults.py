@@ -117,6 +117,16 @@ def test_a_lost_rank_ends_all(running: Running, folders: Path, victim: int, numb
 
 
 @pytest.mark.slow
+def test_ranks_that_are_killed_at_once_leave_no_file(running: Running, folders: Path) -> None:
+    for rank in reversed(running.ranks):
+        os.kill(rank, signal.SIGKILL)
+    running.join()
+    assert {last.finish_reason for last in running.last.values()} == {"error"}
+    running.engine.close()
+    wait_gone(running.ranks, folders)
+
+
+@pytest.mark.slow
 def test_an_idle_engine_ends_when_a_rank_is_killed(tiny_llama: Path, folders: Path) -> None:
     with start_engine(tiny_llama, CONFIG) as engine:
         pid = engine._transport.process.pid  # type: ignore[attr-defined]

@@ -204,10 +204,11 @@ def build_engine(
     progress: Callable[[float], None] | None = None,
     last_words: Callable[[PagodaError], None] | None = None,
     for_grammars: bool = False,
+    place: Path | None = None,
 ) -> EngineLoop:
     """Load a model and put an engine around it. `progress` is told the share of the weights that is loaded;
     `last_words` an error that ends this process. `for_grammars`: read the vocabulary for them beside the weights, so
-    that the first grammar delays no stream."""
+    that the first grammar delays no stream. `place`: a folder for temporary files."""
     folder = resolve_model(str(model))
     spec, config = resolve_spec(folder, config)
     started = time.monotonic()
@@ -216,7 +217,7 @@ def build_engine(
     reader = threading.Thread(target=grammars.read_early, daemon=True)
     if for_grammars:
         reader.start()
-    workers = start_workers(folder, spec, config, progress, last_words)
+    workers = start_workers(folder, spec, config, progress, last_words, place)
     plan = workers.plan
     if for_grammars:
         reader.join()
@@ -251,13 +252,13 @@ def build_engine(
 
 
 def start_workers(
-    folder: Path, spec: Any, config: EngineConfig, progress: Any = None, last_words: Any = None
+    folder: Path, spec: Any, config: EngineConfig, progress: Any, last_words: Any, place: Path | None
 ) -> Workers:
     """The ranks that `config` asks for."""
     if config.executor == "ray":
         return RayRanks(folder, spec, config, progress)
     if config.tp > 1:
-        return LocalRanks(folder, spec, config, progress, last_words)
+        return LocalRanks(folder, spec, config, progress, last_words, place)
     return OwnWorker(Runner(folder, spec, config, Group.single(), progress))
 
 
@@ -332,7 +333,8 @@ def main() -> None:
     server = SocketServer(job["address"])
     try:
         config, early = EngineConfig.from_mapping(job["config"]), job["for_grammars"]
-        loop = build_engine(job["model"], config, last_words=leave_word, for_grammars=early)
+        place = Path(job["last_words"]).parent
+        loop = build_engine(job["model"], config, last_words=leave_word, for_grammars=early, place=place)
     except PagodaError as error:
         server.poll(5.0)
         server.send(b"", wire.Dead((type(error).__name__, str(error))))

@@ -50,7 +50,8 @@ def divided(spec: ModelSpec, config: EngineConfig) -> EngineConfig:
 
 class LocalRanks:
     """All ranks of one machine, behind the face of `Workers`. Lives in an engine process: when that cannot end by
-    itself after a rank was lost, `last_words` is called with the error and the process exits."""
+    itself after a rank was lost, `last_words` is called with the error and the process exits. The ranks meet in a
+    folder in `place`. They remove it, unless all are killed at once: so `place` is one that the client removes."""
 
     def __init__(
         self,
@@ -59,11 +60,12 @@ class LocalRanks:
         config: EngineConfig,
         progress: Callable[[float], None] | None = None,
         last_words: Callable[[PagodaError], None] | None = None,
+        place: Path | None = None,
     ):
         device, config = pick_device(config), divided(spec, config)
         self.run_ahead = 1 if device.type == "cuda" else 0
         self._last_words = last_words or (lambda _: None)
-        self._folder = Path(tempfile.mkdtemp(prefix="pagoda-ranks-"))
+        self._folder = Path(tempfile.mkdtemp(prefix="pagoda-ranks-", dir=place))
         self._fate: PagodaError | None = None
         self._fate_known, self._closing, self._closed = threading.Event(), threading.Event(), threading.Event()
         self._waiting = set(range(1, config.tp))
