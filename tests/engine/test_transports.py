@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import threading
 import time
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import zmq
 
 from pagoda.engine import wire
 from pagoda.engine.process import SocketServer
-from pagoda.engine.request import EngineRequest
+from pagoda.engine.request import EngineRequest, SamplingParams
 from pagoda.engine.transports import SocketTransport
+from pagoda.errors import EngineDeadError
 
 
 @pytest.fixture
@@ -85,3 +87,22 @@ def test_a_client_that_left_is_forgotten(server: SocketServer, tmp_path: Path) -
     assert server.poll(5.0) and server.num_clients == 1
     transport.close()
     assert [message for _, message in server.poll(5.0)] == [wire.Leave()] and server.num_clients == 0
+
+
+def test_a_connection_that_breaks_is_told_to_all_who_wait(engines) -> None:
+    engine = engines()
+    broken = threading.Event()
+    receive = engine._transport.receive
+
+    def garbled(timeout: float):
+        if broken.is_set():
+            raise ValueError("no message")
+        return receive(timeout)
+
+    engine._transport.receive = garbled
+    outputs = iter(engine.submit(EngineRequest("long", [5, 6], SamplingParams(max_tokens=200))))
+    next(outputs)
+    broken.set()
+    assert list(outputs)[-1].finish_reason == "error"
+    with pytest.raises(EngineDeadError, match="ValueError"):
+        engine.call("stats", timeout=5.0)

@@ -19,7 +19,10 @@ from pagoda.engine.request import EngineRequest, Output
 from pagoda.engine.sessions import SessionInfo
 from pagoda.engine.transports import InlineTransport, Transport, spawn_engine
 from pagoda.errors import EngineDeadError, PagodaError, named_error
+from pagoda.log import get_logger
 from pagoda.models.workspace import is_workspace, open_workspace
+
+log = get_logger(__name__)
 
 
 class Ticket:
@@ -173,6 +176,14 @@ class EngineClient:
                 )
 
     def _read(self) -> None:
+        """Whatever ends it, nobody waits for ever."""
+        try:
+            self._read_on()
+        except Exception as error:
+            log.exception("the connection to the engine failed")
+            self._die(EngineDeadError(f"The connection to the engine failed ({type(error).__name__}): try again."))
+
+    def _read_on(self) -> None:
         while not self._closing:
             message = self._transport.receive(0.1)
             if isinstance(message, wire.Outputs):
