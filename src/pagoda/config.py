@@ -222,7 +222,7 @@ class GenerationConfig(Checked):
     )  # fmt: skip
     repetition_penalty: float | None = knob(
         None, "divides (multiplies) positive (negative) scores of tokens seen before; 1: off",
-        check=_none_or(lambda v: _finite(v) and 0 < v <= 100), rule="in (0, 100]",
+        check=_none_or(_between(0.01, 100)), rule="0.01 to 100",
     )  # fmt: skip
     presence_penalty: float = knob(
         0.0, "taken from the score of a token that was generated before", check=_between(-2, 2), rule="-2 to 2"

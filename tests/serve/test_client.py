@@ -53,6 +53,19 @@ def test_a_server_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str])
         Client("localhost:23333")
 
 
+def test_a_server_that_is_not_ready_is_waited_for(server: Running) -> None:
+    pipe, said = server.pipe, []
+    server.backend._pipe, server.backend.state = None, "loading"
+
+    def ready(why: str) -> None:
+        said.append(why)
+        server.backend.attach(pipe)
+
+    assert Client(server.url, patience=20, on_wait=ready).model()["id"] == "mini"
+    [why] = said
+    assert "The engine is loading" in why and "20 s" in why
+
+
 def test_the_terminal_client(server: Running, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
     typed = "My name is Ada.\n\nWhat is my name?\n\nend\nWho are you?\n\nexit\n"
     monkeypatch.setattr("sys.stdin", io.StringIO(typed))

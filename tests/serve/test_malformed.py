@@ -34,6 +34,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     (TEXT, {"prompt": "a", "stream": "yes"}, "stream"),
     (TEXT, {"prompt": "a", "temperature": -1}, "temperature"),
     (TEXT, {"prompt": "a", "top_p": 0}, "top_p"),
+    (TEXT, {"prompt": "a", "repetition_penalty": 5e-324}, "repetition_penalty"),
     (TEXT, {"prompt": "a", "stop": ["x"] * 17}, "stop"),
     (TEXT, {"prompt": "a", "stop": "x" * 257}, "stop"),
     (TEXT, {"prompt": "a", "logit_bias": {"x": 1}}, "logit_bias"),

@@ -44,7 +44,7 @@ class Piece:
 
 
 class Client:
-    """One server. While it cannot be reached a request is tried again for `patience` seconds; `on_wait` is told why,
+    """One server. While it is away or not ready a request is tried again for `patience` seconds; `on_wait` is told why,
     once. Raises `EngineDeadError` when it stays away, and the error that the server tells."""
 
     def __init__(
@@ -121,25 +121,33 @@ class Client:
     @contextmanager
     def _open(self, method: str, path: str, body: Any) -> Iterator[httpx.Response]:
         until, told = time.monotonic() + self._patience, False
-        while True:
-            try:
-                request = self._http.build_request(method, path, json=body)
-                answer = self._http.send(request, stream=True)
-                break
-            except httpx.InvalidURL as error:
-                raise UsageError(f"{self.url} is not an address ({error}): write http://HOST:PORT.") from None
-            except httpx.TransportError as error:
-                why = f"The server at {self.url} cannot be reached ({error or type(error).__name__})"
-                if time.monotonic() > until:
-                    raise EngineDeadError(f"{why}: start it with `pagoda serve MODEL`, or check the address.") from None
-                if not told:
-                    self._on_wait(f"{why}: trying for {self._patience:g} s.")
-                told = True
-                time.sleep(0.2)
+        while isinstance(answer := self._try(method, path, body), PagodaError):
+            if time.monotonic() > until:
+                raise answer
+            if not told:
+                self._on_wait(f"{answer} Trying for {self._patience:g} s.")
+            told = True
+            time.sleep(0.2)
         try:
             if answer.status_code >= 400:
                 raise _refusal(answer)
             yield answer
+        finally:
+            answer.close()
+
+    def _try(self, method: str, path: str, body: Any) -> httpx.Response | PagodaError:
+        """The answer, or why there is none yet: nobody listens, or the engine is on its way or full (503)."""
+        try:
+            answer = self._http.send(self._http.build_request(method, path, json=body), stream=True)
+        except httpx.InvalidURL as error:
+            raise UsageError(f"{self.url} is not an address ({error}): write http://HOST:PORT.") from None
+        except httpx.TransportError as error:
+            why = f"The server at {self.url} cannot be reached ({error or type(error).__name__})"
+            return EngineDeadError(f"{why}: start it with `pagoda serve MODEL`, or check the address.")
+        if answer.status_code != 503:
+            return answer
+        try:
+            return _refusal(answer)
         finally:
             answer.close()
 

@@ -178,7 +178,7 @@ class Page:
                 c["language"] = gr.Radio([(name, code) for code, name in LANGUAGES.items()], elem_id="language")
                 c["dark"] = gr.Button(size="sm", elem_id="dark")
             gr.Markdown(f"### {self.model['id']}")
-            c["chat"] = gr.Chatbot(elem_id="chat", editable="user", buttons=["copy"], label=self.model["id"])
+            c["chat"] = gr.Chatbot(elem_id="chat", editable="user", buttons=["copy"], show_label=False)
             c["speed"] = gr.Markdown("", elem_id="speed")
             c["box"] = gr.Textbox(lines=1, max_lines=8, autofocus=True, show_label=False, elem_id="box")
             with gr.Row(elem_id="bar"):
