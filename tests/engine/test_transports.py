@@ -1,7 +1,10 @@
 """The socket between a client and its engine."""
 
 import asyncio
+import json
 import os
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -18,7 +21,7 @@ from pagoda.errors import EngineDeadError
 
 @pytest.fixture
 def server(tmp_path: Path):
-    made = SocketServer(f"ipc://{tmp_path}/engine")
+    made = SocketServer(f"ipc://{tmp_path}/engine", os.getppid())
     yield made
     made.close()
 
@@ -45,6 +48,23 @@ def test_a_closed_client_takes_its_leave_and_holds_no_descriptors(server: Socket
         while not any(isinstance(message, wire.Leave) for _, message in server.poll(5.0)):
             pass
     assert len(os.listdir("/proc/self/fd")) <= before + 2
+
+
+@pytest.mark.timeout(60)
+def test_an_engine_whose_parent_died_while_it_started_ends(tmp_path: Path) -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    (tmp_path / "own").mkdir()
+    job = {
+        "model": "mini",
+        "config": {"device": "cpu", "session_len": 64, "max_batch_size": 2},
+        "address": f"ipc://{tmp_path}/own/engine",
+        "for_grammars": False,
+        "parent": gone.pid,
+        "last_words": str(tmp_path / "own" / "last_words"),
+    }
+    engine = subprocess.run([sys.executable, "-m", "pagoda.engine.process"], input=json.dumps(job).encode(), timeout=50)
+    assert engine.returncode == 1 and not (tmp_path / "own").exists()
 
 
 def test_an_event_loop_that_ended_early_costs_nobody_else_an_answer(engines) -> None:

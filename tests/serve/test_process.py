@@ -223,10 +223,11 @@ async def storm(url: str, seconds: float, kill: int = 0, sizes: dict[int, list[i
                     await anyio.sleep(0.2)
                     continue
                 seen, error, last = 0, False, ""
-                async for line in answer.aiter_lines():
-                    seen, error, last = seen + bool(line), error or "error" in line, line or last
-                    if seen >= leaves_at:
-                        break
+                with contextlib.suppress(httpx.ReadTimeout):  # such a stream is broken
+                    async for line in answer.aiter_lines():
+                        seen, error, last = seen + bool(line), error or "error" in line, line or last
+                        if seen >= leaves_at:
+                            break
             how = "left" if seen >= leaves_at else "broken" if last != "data: [DONE]" else "told" if error else "done"
             ends[how] += 1
 

@@ -267,7 +267,7 @@ class SocketServer:
     word, because it was killed, is found at the next message to it, or within a second: `poll` then says its `Leave`.
     """
 
-    def __init__(self, address: str):
+    def __init__(self, address: str, parent: int):
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.linger = 1000
@@ -277,7 +277,7 @@ class SocketServer:
         self._clients: set[bytes] = set()
         self._gone: list[tuple[bytes, wire.ToEngine]] = []
         self._looked = time.monotonic()
-        self.parent = os.getppid()
+        self.parent = parent  # told, not looked up: it may have died while this process was starting
 
     def poll(self, timeout: float | None) -> list[tuple[bytes, wire.ToEngine]]:
         """All messages that are there; an orphaned engine ends itself."""
@@ -330,7 +330,7 @@ def main() -> None:
         Path(job["last_words"]).write_text(words, encoding="utf-8")
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is for the client
-    server = SocketServer(job["address"])
+    server = SocketServer(job["address"], job["parent"])
     try:
         config, early = EngineConfig.from_mapping(job["config"]), job["for_grammars"]
         place = Path(job["last_words"]).parent

@@ -174,6 +174,7 @@ def spawn_engine(model: str | Path, config: EngineConfig, for_grammars: bool = F
         "config": {k: getattr(config, k) for k in config.__dataclass_fields__},
         "address": address,
         "for_grammars": for_grammars,
+        "parent": os.getpid(),
         "last_words": str(folder / LAST_WORDS),
     }
     process = subprocess.Popen([sys.executable, "-m", "pagoda.engine.process"], stdin=subprocess.PIPE)
