@@ -18,10 +18,12 @@ from pagoda.errors import ModelError, UsageError
 from pagoda.layers.parallel import Group
 from pagoda.models.loader import load_model, resolve_spec
 from pagoda.quantize.evaluate import Evaluator
+from pagoda.quantize.moments import STAY, Moments
 from pagoda.quantize.produce import Calibration, Source, calibrate, quantize_model
 from pagoda.quantize.recipe import Recipe
-from pagoda.quantize.rounding import round_groups, search_clip
+from pagoda.quantize.rounding import SHARES, SHIFTS, encode, grid, round_groups, search_ranges
 from pagoda.quantize.scales import ScaleSearch
+from pagoda.quantize.statistics import LayerStats
 from pagoda.quantize.walk import read_layer
 
 SIZES = {
@@ -101,7 +103,7 @@ def test_an_independent_reader_reads_the_same_weights(recipe, family, tmp_path):
     """Bit-equal to what our loader multiplies; and transformers with these weights computes what our engine does."""
     model = checkpoint(tmp_path / "model", family)
     produced = quantize_model(source(model), tmp_path / "out", recipe)
-    assert len(produced.errors) == 2 and all(0 < e < 0.1 for row in produced.errors for e in row.values())
+    assert len(produced.errors) == 2 and all(0 < e < 0.3 for row in produced.errors for e in row.values())
     spec, config = resolve_spec(tmp_path / "out", EngineConfig())
     weights = load_model(tmp_path / "out", spec, config, torch.device("cpu"), torch.float32, Group.single())
     tensors = stored(tmp_path / "out")
@@ -126,7 +128,7 @@ def test_folded_scales_change_nothing(family, tmp_path):
     """Random scales through norm, v and up: the layer computes what it did."""
     origin = source(checkpoint(tmp_path, family))
     walk, h = origin.start()
-    stats, layer = Recipe("gptq", 32).new_stats(), read_layer(origin.weights, 1)
+    stats, layer = LayerStats(), read_layer(origin.weights, 1)
     walk.advance(layer, h, stats.watch)
     search = ScaleSearch(walk, layer, stats, lambda w: ("dense", {"weight": w}))
     for role in ("qkv", "o", "gate_up", "down"):
@@ -140,10 +142,10 @@ def test_folded_scales_change_nothing(family, tmp_path):
     walk.advance(layer, before)
     walk.advance(search.layer, after)
     torch.testing.assert_close(after, before, rtol=2e-4, atol=2e-4)
-    again = Recipe("gptq", 32).new_stats()
+    again = LayerStats()
     walk.advance(search.layer, h, again.watch)
     for role in ("qkv", "o", "gate_up", "down"):  # statistics were rescaled along
-        torch.testing.assert_close(stats[role].second, again[role].second, rtol=2e-3, atol=2e-2)
+        torch.testing.assert_close(stats[role].absmean, again[role].absmean, rtol=2e-3, atol=2e-4)
 
 
 def test_transformers_agrees_with_the_folder(tmp_path):
@@ -213,24 +215,46 @@ def test_methods_beat_rounding_on_the_output(tmp_path):
     for role in ("qkv", "gate_up", "down"):
         assert errors["awq"][0][role] < errors["rtn"][0][role]
         assert errors["gptq"][0][role] < 0.7 * errors["rtn"][0][role]
-        assert errors["awq-gptq"][0][role] < errors["awq"][0][role]
+    for role in ("qkv", "o", "gate_up", "down"):  # errors add up from layer to layer unless they are made good
+        assert all(errors[m][1][role] < 0.8 * errors["rtn"][1][role] for m in ("awq", "gptq", "awq-gptq"))
 
 
-def test_clipping_is_the_best_of_its_grid():
-    """Brute force: the output error of one group under every range."""
+def test_ranges_are_the_best_of_their_grid():
+    """Brute force: with the ranges of all other groups as they ended, no other range of a group gives less error."""
     generator = torch.Generator().manual_seed(5)
-    w = torch.randn(4, 64, generator=generator) ** 3
-    x = torch.randn(40, 64, generator=generator) * torch.linspace(0.1, 3, 64)
-    second = torch.stack([x[:, g : g + 32].T @ x[:, g : g + 32] for g in (0, 32)])
-    shrink = search_clip(w, second, first_row=1)
-    assert bool((shrink[0] == 1).all())
-    for n, g in itertools.product(range(1, 4), range(2)):
-        part, inputs = w[n : n + 1, 32 * g : 32 * g + 32], x[:, 32 * g : 32 * g + 32]
-        losses = {}
-        for i in range(11):
-            candidate = 1 - i / 20
-            losses[candidate] = float(((round_groups(part, 32, candidate).values() - part) @ inputs.T).square().sum())
-        assert losses[round(float(shrink[n, g]), 4)] == pytest.approx(min(losses.values()), rel=1e-3)
+    w = torch.randn(3, 64, generator=generator) ** 3
+    x = (torch.randn(40, 64, generator=generator) + 1) * torch.linspace(0.1, 3, 64)
+    codes = search_ranges(w, x.T @ x, 32)
+    assert torch.equal(codes.values(), values_of(codes, w))
+    found = ((codes.values() - w) @ x.T).square().sum(1)
+    assert found.sum() < 0.6 * ((round_groups(w, 32).values() - w) @ x.T).square().sum()
+    last = w[:, None, 32:]  # the group that was searched last
+    for share, shift in itertools.product(SHARES, SHIFTS):
+        scales, zeros = grid(last, share)
+        zeros = (zeros.int() + shift).clamp(0, 15)
+        values = codes.values()
+        values[:, 32:] = ((encode(last, scales, zeros).float() - zeros[..., None]) * scales.float()[..., None])[:, 0]
+        assert (((values - w) @ x.T).square().sum(1) >= found * (1 - 1e-4)).all(), (share, shift)
+
+
+def values_of(codes, w_NK):
+    """Each weight at the nearest level of its group."""
+    levels = (torch.arange(16) - codes.zeros_NG[..., None].float()) * codes.scales_NG[..., None].float()
+    levels = levels.repeat_interleave(w_NK.shape[1] // levels.shape[1], 1)
+    return levels.gather(2, (levels - w_NK[..., None]).abs().argmin(2, keepdim=True))[..., 0]
+
+
+def test_a_matrix_makes_good_the_errors_before_it():
+    """The target is the damped least-squares solution by lstsq; without errors before it, the matrix itself."""
+    generator = torch.Generator().manual_seed(5)
+    w, y = torch.randn(7, 24, generator=generator), torch.randn(90, 24, generator=generator)
+    x = y + 0.3 * torch.randn(90, 24, generator=generator) @ torch.randn(24, 24, generator=generator)
+    moments = Moments.of(zip(y.split(30), x.split(30)))
+    hold = (STAY * x.square().sum(0).mean()).sqrt().double() * torch.eye(24, dtype=torch.float64)
+    right = torch.cat([(y @ w.T).double(), hold @ w.double().T])
+    expected = torch.linalg.lstsq(torch.cat([x.double(), hold]), right).solution.T
+    torch.testing.assert_close(moments.target(w), expected.float(), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(Moments.of([(y, y)]).target(w), w, rtol=1e-5, atol=1e-6)
 
 
 def test_statistics_are_those_of_the_inputs(tmp_path):
@@ -268,6 +292,8 @@ def test_config_says_what_the_folder_holds(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("method", ["awq", "gptq", "awq-gptq"])
+@pytest.mark.parametrize("start", [0, 80000, 200000])
 @pytest.mark.parametrize(
     ("model", "text", "chars", "lines", "dense", "nearest"),
     [
@@ -275,15 +301,22 @@ def test_config_says_what_the_folder_holds(tmp_path):
         ("zhpoem750k-llama", "zh_tang_poems_val.txt", 6000, True, 132.87733, 137.10872),
     ],
 )
-def test_int4_keeps_the_perplexity_of_trained_models(shared_data, tmp_path, model, text, chars, lines, dense, nearest):
-    """At most 60% of the gap that rounding to nearest leaves (recorded beside the models); calibrated on what follows
-    the scored text."""
+def test_int4_keeps_the_perplexity_of_trained_models(
+    shared_data, tmp_path, model, text, chars, lines, dense, nearest, start, method
+):
+    """At most 60% of the gap that rounding to nearest leaves (recorded beside the models), whichever of three texts
+    it is calibrated on; none of them is scored."""
     content = (shared_data / "text" / text).read_text()
-    rest = content[chars : chars + 80000]
-    rows = [{"text": line} for line in rest.splitlines()] if lines else [{"text": rest}]
+    rest = content[chars:]
+    if lines and start:  # there are few held-out poems: others then
+        poems = [p["content"] for p in json.loads((shared_data / "text" / "zh_tang_poems.json").read_text())[:1500]]
+        poems = [p for p in poems if p[:8] not in content[:chars]]
+        rest = "\n".join(poems[start // 400 : start // 400 + 300])
+    part = rest if lines else rest[start : start + 80000]
+    rows = [{"text": line} for line in part.splitlines()] if lines else [{"text": part}]
     (tmp_path / "calib.jsonl").write_text("\n".join(map(json.dumps, rows)))
     calibration = Calibration(str(tmp_path / "calib.jsonl"), 64, 256, "cpu")
-    quantize_model(Source(str(shared_data / "models" / model), calibration), tmp_path / "out", Recipe("awq-gptq", 32))
+    quantize_model(Source(str(shared_data / "models" / model), calibration), tmp_path / "out", Recipe(method, 32))
     config = EngineConfig(device="cpu", dtype="float32", cache_block_seq_len=8, max_batch_size=8)
     with Evaluator(tmp_path / "out", config) as evaluator:
         ours = (evaluator.lines if lines else evaluator.text)(content[:chars]).perplexity

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from pagoda.errors import UsageError
 from pagoda.layers.schemes import Tensors
-from pagoda.quantize.rounding import SHRINK, Codes, encode, grid
+from pagoda.quantize.moments import damped_cholesky
+from pagoda.quantize.rounding import Codes, encode, grid
 
+SHRINK = tuple(1 - i / 20 for i in range(11))  # shares of a group's range that are tried
 SPAN = 128  # columns between two updates of the whole rest: whole groups
 DAMPING = 0.01  # of the mean of H's diagonal
 
@@ -50,22 +52,14 @@ def gptq(weight_NK: Tensor, second_KK: Tensor, group: int, act_order: bool) -> T
 
 def _factor(second_KK: Tensor, order_K: Tensor) -> Tensor:
     """Upper Cholesky factor of the inverse of the damped H in the given order; more damping where it is singular."""
-    h = second_KK.float()[order_K][:, order_K]
-    diagonal = h.diagonal()
-    diagonal[diagonal == 0] = 1.0
-    base = float(diagonal.mean())
     for damping in (DAMPING, 10 * DAMPING, 1.0):
-        h.diagonal().add_(damping * base)
-        lower, failed = torch.linalg.cholesky_ex(h)
+        lower = damped_cholesky(second_KK[order_K][:, order_K], (damping, 1.0))
+        inverse = torch.cholesky_inverse(lower)
+        del lower
+        upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
         if int(failed) == 0:
-            del h
-            inverse = torch.cholesky_inverse(lower)
-            del lower
-            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-            if int(failed) == 0:
-                return upper
-            h = second_KK.float()[order_K][:, order_K]
-    raise UsageError("GPTQ's matrix of second moments cannot be factored: calibrate with more text.")
+            return upper
+    raise UsageError("GPTQ's matrix of second moments cannot be inverted: calibrate with more text.")
 
 
 def _range(w_Ng: Tensor, weight_g: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ from pagoda.quantize.calibration_text import BUILT_IN, calibration_ids
 from pagoda.quantize.export import Draft
 from pagoda.quantize.recipe import Recipe, quantize_layer
 from pagoda.quantize.statistics import LayerStats
-from pagoda.quantize.walk import Walk, read_layer
+from pagoda.quantize.walk import Streams, Walk, read_layer
 
 Progress = Callable[[float], None]
 
@@ -37,7 +37,8 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Produced:
-    """What came of it. `errors`: by layer, relative squared error of each matrix's output."""
+    """What came of it. `errors`: by layer, the squared error of each matrix's output as a share of the
+    original model's."""
 
     folder: Path
     errors: list[dict[str, float]]
@@ -96,16 +97,16 @@ def quantize_model(
         if not recipe.calibrated:
             h_SLC = h_SLC[: walk.rows]  # enough to tell the errors
         written = draft.written(source.tensors, source.device)
+        streams = Streams(h_SLC, h_SLC.clone())
         for index in range(draft.num_done):
-            walk.advance(read_layer(written, index), h_SLC)
+            walk.advance(read_layer(source.weights, index), streams.original)
+            walk.advance(read_layer(written, index), streams.ours)
         for index in range(draft.num_done, spec.num_layers):
             layer = read_layer(source.weights, index)
-            stats = recipe.new_stats()
-            walk.advance(layer, h_SLC, stats.watch)
-            layer, errors = quantize_layer(recipe, walk, layer, stats)
-            del stats
-            walk.advance(layer, h_SLC)
-            draft.write_layer(layer, errors)
+            quantized, errors = quantize_layer(recipe, walk, layer, streams)
+            walk.advance(layer, streams.original)
+            walk.advance(quantized, streams.ours)
+            draft.write_layer(quantized, errors)
             if progress is not None:
                 progress((index + 1) / spec.num_layers)
         draft.finish(source.tensors)

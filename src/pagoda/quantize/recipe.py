@@ -3,11 +3,13 @@
 | method | weights | activations | scales | written as |
 |---|---|---|---|---|
 | rtn | int4 groups, to nearest | | | awq |
-| awq | int4 groups, clipped | | AWQ | awq |
+| awq | int4 groups, to nearest in searched ranges | | AWQ | awq |
 | gptq | int4 groups, error feedback | | | gptq |
 | awq-gptq | int4 groups, error feedback | | AWQ | awq (gptq with activation order) |
 | smooth | int8 a row | int8 a token | SmoothQuant | compressed-tensors |
 | fp8 | e4m3 a row | e4m3 a token, or static | | compressed-tensors |
+
+awq, gptq and awq-gptq round each matrix towards what makes good the errors before it (`moments`).
 """
 
 from dataclasses import asdict, dataclass
@@ -19,10 +21,11 @@ from pagoda.errors import ModelError, UsageError
 from pagoda.layers.schemes import SCHEMES, Tensors
 from pagoda.models.spec import ModelSpec
 from pagoda.quantize.gptq import gptq
-from pagoda.quantize.rounding import round_groups, rounded, search_clip
+from pagoda.quantize.moments import Moments
+from pagoda.quantize.rounding import round_groups, rounded, search_ranges
 from pagoda.quantize.scales import BEFORE, ScaleSearch, awq_scales, smooth_scales
 from pagoda.quantize.statistics import LayerStats
-from pagoda.quantize.walk import ROLES, Layer, Walk
+from pagoda.quantize.walk import ROLES, Layer, Matrix, Streams, Walk
 
 METHODS = ("rtn", "awq", "gptq", "awq-gptq", "smooth", "fp8")
 GROUPS = (32, 64, 128)
@@ -63,9 +66,10 @@ class Recipe:
         """Whether the result depends on text."""
         return self.method != "rtn" and (self.method != "fp8" or self.static)
 
-    def new_stats(self) -> LayerStats:
-        """A recorder of what the method needs."""
-        return LayerStats(0 if "gptq" in self.method else self.group if self.method == "awq" else None)
+    @property
+    def fitted(self) -> bool:
+        """Whether matrices are rounded by their outputs on the text."""
+        return self.int4 and self.method != "rtn"
 
     def check(self, spec: ModelSpec) -> None:
         """ModelError for a model whose sizes the method's checkpoint format cannot hold."""
@@ -88,8 +92,12 @@ class Recipe:
         return asdict(self)
 
 
-def quantize_layer(recipe: Recipe, walk: Walk, layer: Layer, stats: LayerStats) -> tuple[Layer, dict[str, float]]:
-    """The layer in its quantized form, and the relative squared error of each matrix's output on the kept batch."""
+def quantize_layer(recipe: Recipe, walk: Walk, layer: Layer, streams: Streams) -> tuple[Layer, dict[str, float]]:
+    """The layer in its quantized form, and of each matrix the squared error of its output on the first batch, as a
+    share of what the original model has there. `streams`: what stands before the layer."""
+    stats = LayerStats()
+    if recipe.method not in ("rtn", "gptq"):
+        walk.advance(layer, streams.ours, stats.watch)
     search = ScaleSearch(walk, layer, stats, lambda w: _trial(recipe, w))
     if "awq" in recipe.method:
         for role in ("qkv", "o", "gate_up", "down"):
@@ -97,12 +105,23 @@ def quantize_layer(recipe: Recipe, walk: Walk, layer: Layer, stats: LayerStats) 
     elif recipe.method == "smooth":
         for role in BEFORE:
             search.fold(role, smooth_scales(stats[role].absmax, search.layer.weight(role)))
-    done, errors = dict(search.layer.matrices), {}
+    whole = done = search.layer
+    errors = {}
     for role in ROLES.values():
-        weight = search.layer.weight(role)
-        done[role] = SCHEME_OF[recipe.method], _encode(recipe, walk.spec, role, weight, stats)
-        errors[role] = _error(walk, role, weight, done[role], stats)
-    return Layer(layer.index, search.layer.gains, done, search.layer.biases), errors
+        weight = whole.weight(role)
+        pairs = zip(walk.inputs(whole, role, streams.original), walk.inputs(done, role, streams.ours))
+        if recipe.fitted:
+            moments = Moments.of(pairs)
+            first = moments.first
+            del pairs  # they hold the layers ready to run
+            tensors = _fit(recipe, weight, moments)
+            del moments
+        else:
+            first = next(pairs)
+            tensors = _round(recipe, weight, stats, role)
+        done = done.with_matrix(role, SCHEME_OF[recipe.method], tensors)
+        errors[role] = _error(walk, role, whole.matrices[role], done.matrices[role], *first)
+    return done, errors
 
 
 SCHEME_OF = {"smooth": "int8", "fp8": "fp8"} | {m: "int4" for m in METHODS if m not in ("smooth", "fp8")}
@@ -115,30 +134,24 @@ def _trial(recipe: Recipe, weight_NK: Tensor) -> tuple[str, Tensors]:
     return "dense", {"weight": rounded(weight_NK, recipe.group)}
 
 
-def _encode(recipe: Recipe, spec: ModelSpec, role: str, weight_NK: Tensor, stats: LayerStats) -> Tensors:
-    if not recipe.int4:
-        canonical = SCHEMES[SCHEME_OF[recipe.method]]().quantize(weight_NK)
-        if recipe.static:
-            canonical["input_scale"] = stats[role].absmax.amax() / STATIC_TOP
-        return canonical
-    if "gptq" in recipe.method:
-        second = stats[role].second
-        assert second is not None
-        return gptq(weight_NK, second, recipe.group, bool(recipe.act_order))
-    shrink: Tensor | float = 1.0
+def _fit(recipe: Recipe, weight_NK: Tensor, moments: Moments) -> Tensors:
+    target_NK = moments.target(weight_NK)
     if recipe.method == "awq":
-        second = stats[role].second
-        assert second is not None
-        # queries and keys meet in a product whose error a matrix's own output does not show: they keep their range
-        first = (spec.num_heads + spec.num_kv_heads) * spec.head_dim if role == "qkv" else 0
-        shrink = search_clip(weight_NK, second, first)
-    return round_groups(weight_NK, recipe.group, shrink).canonical()
+        return search_ranges(target_NK, moments.second, recipe.group).canonical()
+    return gptq(target_NK, moments.second, recipe.group, bool(recipe.act_order))
 
 
-def _error(walk: Walk, role: str, weight_NK: Tensor, matrix: tuple[str, Tensors], stats: LayerStats) -> float:
-    x = stats[role].kept
-    if x is None:
-        return float("nan")
-    right = walk.linear(role, ("dense", {"weight": weight_NK}), x.shape[1])(x).float()
-    ours = walk.linear(role, matrix, x.shape[1])(x).float()
+def _round(recipe: Recipe, weight_NK: Tensor, stats: LayerStats, role: str) -> Tensors:
+    if recipe.int4:
+        return round_groups(weight_NK, recipe.group).canonical()
+    canonical = SCHEMES[SCHEME_OF[recipe.method]]().quantize(weight_NK)
+    if recipe.static:
+        canonical["input_scale"] = stats[role].absmax.amax() / STATIC_TOP
+    return canonical
+
+
+def _error(walk: Walk, role: str, before: Matrix, after: Matrix, y_TK: Tensor, x_TK: Tensor) -> float:
+    """`before` sees y, `after` sees x."""
+    right = walk.linear(role, before, y_TK.shape[1])(y_TK).float()
+    ours = walk.linear(role, after, x_TK.shape[1])(x_TK).float()
     return float((ours - right).square().sum() / right.square().sum().clamp(min=1e-20))

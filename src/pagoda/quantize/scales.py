@@ -12,15 +12,14 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from pagoda.layers.schemes import Tensors
 from pagoda.models import decoder as ops
 from pagoda.models.spec import ModelSpec
 from pagoda.quantize.statistics import LayerStats
-from pagoda.quantize.walk import Layer, Walk
+from pagoda.quantize.walk import Layer, Matrix, Walk
 
 RATIOS = tuple(i / 20 for i in range(20))
 BEFORE = {"qkv": "attention_norm", "gate_up": "ffn_norm"}  # the gains that take a matrix's scale
-Make = Callable[[Tensor], tuple[str, Tensors]]  # a float32 matrix -> (scheme, canonical tensors) as it will be stored
+Make = Callable[[Tensor], Matrix]  # a float32 matrix -> (scheme, canonical tensors) as it will be stored
 
 
 def awq_scales(absmean_K: Tensor) -> Iterable[Tensor]:
@@ -52,7 +51,7 @@ class ScaleSearch:
             s_K = self._fold_norm(BEFORE[role], s_K)
         else:
             self._fold_rows("qkv" if role == "o" else "gate_up", s_K)
-        self.layer = self.layer.with_dense(**{role: self.layer.weight(role) * s_K})
+        self.layer = self.layer.with_matrix(role, "dense", {"weight": self.layer.weight(role) * s_K})
         self.stats[role].rescale(s_K)
 
     def _best(self, role: str, candidates: Iterable[Tensor]) -> Tensor:
@@ -68,7 +67,7 @@ class ScaleSearch:
                 best, least = s_K, loss
         return best
 
-    def _output(self, role: str, matrix: tuple[str, Tensors], x_TK: Tensor) -> Tensor:
+    def _output(self, role: str, matrix: Matrix, x_TK: Tensor) -> Tensor:
         """Of the block that begins with the matrix: attention up to o, the ffn up to down; o and down alone."""
         if role not in BEFORE:
             return self.walk.linear(role, matrix, x_TK.shape[1])(x_TK)
@@ -96,7 +95,7 @@ class ScaleSearch:
             s_K = s_K.view(spec.num_kv_heads, -1, spec.head_dim)[:, 0].flatten()
         factor = torch.ones(len(weight), device=weight.device)
         factor[-len(s_K) :] = 1 / s_K
-        self.layer = self.layer.with_dense(**{role: weight * factor[:, None]})
+        self.layer = self.layer.with_matrix(role, "dense", {"weight": weight * factor[:, None]})
         if bias is not None:
             self.layer.biases = self.layer.biases | {role: (bias.float() * factor).to(bias.dtype)}
 

@@ -1,6 +1,6 @@
 """What calibration records of a layer: its matrices' inputs and outputs, its keys and values.
 
-Legend: T tokens, K channels, H kv heads, D head size, G groups of g inputs.
+Legend: T tokens, K channels, H kv heads, D head size.
 """
 
 from dataclasses import dataclass, field
@@ -11,17 +11,13 @@ from torch import Tensor
 
 @dataclass
 class ChannelStats:
-    """Running min, max, mean, absmax and absmean of each channel; float32. `second` is the sum of x x': of each group
-    of `group` inputs [G, g, g], or of all [K, K] where `group` is 0; None where
-    nobody asked. `kept`: the first batch."""
+    """Running min, max, mean, absmax and absmean of each channel; float32. `kept`: the first batch."""
 
-    group: int | None = None
     tokens: int = 0
     low: Tensor | None = None
     high: Tensor | None = None
     total: Tensor | None = None
     abs_total: Tensor | None = None
-    second: Tensor | None = None
     kept: Tensor | None = None
 
     def add(self, x_TK: Tensor) -> None:
@@ -33,19 +29,12 @@ class ChannelStats:
         else:
             self.low, self.high = torch.minimum(self.low, low), torch.maximum(self.high, high)
             self.total, self.abs_total = self.total + total, self.abs_total + abs_total
-        if self.group is not None:
-            x = x.unflatten(1, (-1, self.group)).transpose(0, 1) if self.group else x
-            second = x.transpose(-1, -2) @ x
-            self.second = second if self.second is None else self.second.add_(second)
         self.tokens += len(x_TK)
 
     def rescale(self, s_K: Tensor) -> None:
         """As if the inputs had been x / s."""
         for name in ("low", "high", "total", "abs_total", "kept"):
             setattr(self, name, (getattr(self, name) / s_K).to(getattr(self, name).dtype))
-        if self.second is not None:
-            s = s_K.view(-1, self.group) if self.group else s_K
-            self.second = self.second / (s.unsqueeze(-1) * s.unsqueeze(-2))
 
     @property
     def absmax(self) -> Tensor:
@@ -63,10 +52,8 @@ class ChannelStats:
 
 @dataclass
 class LayerStats:
-    """By role: inputs (`qkv`), outputs (`qkv.out`, if asked for), `k` and `v` [H, D] as the cache holds them.
-    `group`: see ChannelStats.second (of the inputs)."""
+    """By role: inputs (`qkv`), outputs (`qkv.out`, if asked for), `k` and `v` [H, D] as the cache holds them."""
 
-    group: int | None = None
     outputs: bool = False
     by_name: dict[str, ChannelStats] = field(default_factory=dict)
 
@@ -76,7 +63,7 @@ class LayerStats:
             return
         inputs = "." not in name and name not in ("k", "v")
         if name not in self.by_name:
-            self.by_name[name] = ChannelStats(self.group if inputs else None)
+            self.by_name[name] = ChannelStats()
         self.by_name[name].add(value)
         if not inputs:
             self.by_name[name].kept = None

@@ -27,6 +27,7 @@ from pagoda.models.spec import ModelSpec
 
 ROLES = {"attention.w_qkv": "qkv", "attention.wo": "o", "ffn.w_gate_up": "gate_up", "ffn.w_down": "down"}
 BATCH_TOKENS = {"cuda": 4096, "cpu": 2048}
+Matrix = tuple[str, Tensors]  # scheme, canonical tensors
 Watch = Callable[[str, Tensor], None]  # told (role or "k" or "v", value) as a layer runs
 
 
@@ -36,7 +37,7 @@ class Layer:
 
     index: int
     gains: dict[str, Tensor]  # by canonical name without `.weight`, float32
-    matrices: dict[str, tuple[str, Tensors]]  # role -> (scheme, canonical tensors)
+    matrices: dict[str, Matrix]  # by role
     biases: dict[str, Tensor | None] = field(default_factory=dict)
 
     def weight(self, role: str) -> Tensor:
@@ -45,10 +46,18 @@ class Layer:
         assert scheme == "dense"
         return tensors["weight"].float()
 
-    def with_dense(self, **weights: Tensor) -> "Layer":
-        """A copy with some matrices replaced by dense ones."""
-        changed = {role: ("dense", {"weight": weight}) for role, weight in weights.items()}
-        return dataclasses.replace(self, matrices=self.matrices | changed)
+    def with_matrix(self, role: str, scheme: str, tensors: Tensors) -> "Layer":
+        """A copy with one matrix replaced."""
+        return dataclasses.replace(self, matrices=self.matrices | {role: (scheme, tensors)})
+
+
+@dataclass
+class Streams:
+    """The residual stream of all sequences before a layer [S, L, C], on the host: in the original model, and in the
+    model whose layers before this one are quantized."""
+
+    original: Tensor
+    ours: Tensor
 
 
 def read_layer(weights: LocalWeights, index: int) -> Layer:
@@ -90,7 +99,7 @@ class Walk:
             row.copy_(embed_VC[ids].to(self.dtype) * scale)
         return h_SLC
 
-    def linear(self, role: str, matrix: tuple[str, Tensors], k: int, bias: Tensor | None = None) -> Linear:
+    def linear(self, role: str, matrix: Matrix, k: int, bias: Tensor | None = None) -> Linear:
         """A matrix (scheme, canonical tensors) of `k` inputs, ready to multiply."""
         return Linear.pack(role, *matrix, bias, k, self.device, self.dtype)
 
@@ -154,6 +163,14 @@ class Walk:
                 for name, t in (("k", cache.k), ("v", cache.v)):
                     watch(name, t[slot_T // self.block_len, :, slot_T % self.block_len])
         return f
+
+    def inputs(self, layer: Layer, role: str, h_SLC: Tensor) -> Iterator[Tensor]:
+        """What the matrix of `role` sees [T, K], batch by batch."""
+        program = self.program(layer)
+        end = next(i for i, op in enumerate(program) if isinstance(op, ops.Project) and op.linear.role == role)
+        for part in self.batches(len(h_SLC)):
+            h_TC = h_SLC[part].to(self.device).flatten(0, 1)
+            yield self.run(program[:end], self.frame(len(h_SLC[part]), h_TC)).x
 
     def advance(self, layer: Layer, h_SLC: Tensor, watch: Watch | None = None) -> None:
         """The residual stream after the layer, in place; with `watch` it stays as it is."""
