@@ -2,6 +2,8 @@
 
 import json
 import logging
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import httpx
@@ -135,3 +137,18 @@ async def test_without_an_engine_everything_is_503() -> None:
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
         for made in (await http.get("/health"), await http.get("/ready"), await http.post(CHAT, json=HELLO)):
             assert made.status_code == 503 and made.json()["error"]["type"] == "unavailable_error"
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("who", ["pagoda", "asyncio", "uvicorn.error"])
+def test_a_log_that_nobody_reads_stops_nobody_who_writes(who: str) -> None:
+    code = (
+        "import logging, os; from pagoda.serve.logs import setup_json_logging; setup_json_logging('info')\n"
+        f"for _ in range(300): logging.getLogger({who!r}).warning('x' * 1000)\n"
+        "os.write(1, b'went on'); os._exit(0)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        try:
+            assert process.stdout.read(7) == b"went on"
+        finally:
+            process.kill()
