@@ -30,7 +30,8 @@ static inline size_t act_bytes(const Weight& w) {  // of one token
 static inline size_t block_bytes(const Weight& w) {
   return (size_t)w.cols * (w.kind == F32 ? 64 : w.kind == W8 ? 16 : w.kind == W4 ? 8 : 32);
 }
-constexpr int AHEAD = 1536;  // bytes between a read and its prefetch
+constexpr int AHEAD = 1536;  // bytes between a read and its prefetch; of bf16 with several tokens, where sums take longer:
+constexpr int BF16_AHEAD = 4096;
 
 // ---------------------------------------------------------------- one token's activation
 static void quantize_row(const Weight& w, const float* x, int8_t* q, float* scale, int32_t* sum) {
@@ -83,11 +84,12 @@ static void prepare(const Weight& w, const float* x, const float* gain, float ep
 
 // ---------------------------------------------------------------- RB blocks of 16 rows times M tokens
 template <int M, int RB> static void dense_bf16(const Weight& w, const uint8_t* q, const uint8_t* a, F* out) {
+  constexpr int FAR = M == 1 ? AHEAD : BF16_AHEAD;
   const size_t block = block_bytes(w), row = act_bytes(w);
   F acc[RB][M];
   for (auto& r : acc) for (F& c : r) c = zero();
   for (int k = 0; k < w.cols; k += 4, q += 128) {
-    for (int r = 0; r < RB; r++) { prefetch(q + r * block + AHEAD); prefetch(q + r * block + AHEAD + 64); }
+    for (int r = 0; r < RB; r++) { prefetch(q + r * block + FAR); prefetch(q + r * block + FAR + 64); }
 #pragma GCC unroll 2
     for (int j = 0; j < 4; j += 2) {
       I v[RB];

@@ -77,20 +77,26 @@ def _rows16(t: Tensor, glu: bool) -> Tensor:
     return torch.stack([half.view(-1, 16, *t.shape[1:]) for half in halves], 1).flatten(0, 2)
 
 
-def advise_huge_pages(tensor: Tensor) -> Tensor:
-    """Ask the kernel to back a fresh, still untouched tensor with huge pages: a tenth more read bandwidth. No error
-    where it cannot."""
-    start = -(-tensor.data_ptr() // HUGE_PAGE) * HUGE_PAGE
-    size = (tensor.data_ptr() + tensor.nbytes) // HUGE_PAGE * HUGE_PAGE - start
-    if size > 0 and sys.platform == "linux":
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), MADV_HUGEPAGE)
-    return tensor
+class Arena:
+    """Memory for a model's packed weights, one behind the other in huge pages where the kernel has them: weights in
+    small pages read a tenth slower. Memory is taken where it is first written and goes with the last tensor in it."""
 
+    def __init__(self, chunk: int = 64 << 20):
+        self._chunk, self._rest = chunk, torch.empty(0, dtype=torch.uint8)
 
-def fresh_zeros(*shape: int, dtype: torch.dtype) -> Tensor:
-    """Zeros that take memory where they are first written, in huge pages where the kernel has them."""
-    nbytes = math.prod(shape) * dtype.itemsize
-    return advise_huge_pages(torch.frombuffer(mmap.mmap(-1, nbytes), dtype=dtype).view(shape))
+    def take(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        """Zeros that begin on a multiple of 64 bytes."""
+        nbytes = math.prod(shape) * dtype.itemsize
+        if nbytes > len(self._rest):
+            size = max(self._chunk, nbytes)
+            private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # shared memory, the default, has no huge pages
+            chunk = torch.frombuffer(mmap.mmap(-1, size + HUGE_PAGE, private), dtype=torch.uint8)
+            self._rest = chunk[-chunk.data_ptr() % HUGE_PAGE :][:size]
+            if sys.platform == "linux":  # without effect where there are no huge pages
+                start, size = ctypes.c_void_p(self._rest.data_ptr()), ctypes.c_size_t(size)
+                ctypes.CDLL(None).madvise(start, size, MADV_HUGEPAGE)
+        taken, self._rest = self._rest[:nbytes], self._rest[-(-nbytes // 64) * 64 :]
+        return taken.view(dtype).view(shape)
 
 
 def return_freed_memory() -> None:
@@ -100,26 +106,33 @@ def return_freed_memory() -> None:
         trim(ctypes.c_size_t(0))
 
 
-def _blocks(t: Tensor) -> Tensor:
+def _blocks(t: Tensor, arena: Arena | None) -> Tensor:
     """[N, M] -> [N/16, M, 16]: the 16 rows of a block side by side."""
     blocks = t.view(t.shape[0] // 16, 16, t.shape[1]).transpose(1, 2)
-    return advise_huge_pages(torch.empty(blocks.shape, dtype=t.dtype)).copy_(blocks)
+    return (arena or Arena()).take(*blocks.shape, dtype=t.dtype).copy_(blocks)
 
 
 def _pack_bias(bias: Tensor | None, glu: bool) -> Tensor | None:
     return None if bias is None else _rows16(bias.float(), glu).contiguous()
 
 
-def pack_dense(weight_NK: Tensor, bias_N: Tensor | None = None, glu: bool = False) -> PackedWeight:
+def pack_dense(
+    weight_NK: Tensor, bias_N: Tensor | None = None, glu: bool = False, arena: Arena | None = None
+) -> PackedWeight:
     """float32, float16 or bfloat16 weights, kept as they are."""
     w = _padded(_rows16(weight_NK, glu), 1, 16)
     kind = KINDS[w.dtype]
-    q = _blocks(w.contiguous().view(torch.int32) if kind == KINDS[torch.bfloat16] else w)
+    q = _blocks(w.contiguous().view(torch.int32) if kind == KINDS[torch.bfloat16] else w, arena)
     return PackedWeight(kind, w.shape[0], w.shape[1], weight_NK.shape[1], q, bias=_pack_bias(bias_N, glu))
 
 
 def pack_int8(
-    q_NK: Tensor, scales_NG: Tensor, bias_N: Tensor | None = None, glu: bool = False, in_features: int | None = None
+    q_NK: Tensor,
+    scales_NG: Tensor,
+    bias_N: Tensor | None = None,
+    glu: bool = False,
+    in_features: int | None = None,
+    arena: Arena | None = None,
 ) -> PackedWeight:
     """int8 weights with scales [N] or [N, G]: value q * scale."""
     scales_NG = scales_NG.view(q_NK.shape[0], -1)
@@ -132,8 +145,8 @@ def pack_int8(
         group = k // scales_NG.shape[1]
     assert group % MIN_GROUP == 0, group
     u = _rows16(q_NK, glu).contiguous().view(torch.uint8) ^ 128  # q + 128
-    unit, scales = _pack_scales(scales_NG, glu)
-    q = _blocks(u.view(torch.int32))
+    unit, scales = _pack_scales(scales_NG, glu, arena)
+    q = _blocks(u.view(torch.int32), arena)
     return PackedWeight(
         W8, u.shape[0], u.shape[1], in_features or k, q, group, unit, scales, bias=_pack_bias(bias_N, glu)
     )
@@ -160,6 +173,7 @@ def pack_int4(
     bias_N: Tensor | None = None,
     glu: bool = False,
     in_features: int | None = None,
+    arena: Arena | None = None,
 ) -> PackedWeight:
     """The canonical int4 form: qweight [N, K/2] with the even column in the low nibble, value (q - zero) * scale."""
     k = qweight.shape[1] * 2
@@ -171,12 +185,12 @@ def pack_int4(
     (words,) = in_row_blocks(
         lambda w: (_swapped(_swapped(w, 0xFF00, 8), 0xF000F0, 4),), v.contiguous().view(torch.int32)
     )
-    zeros = None if bool((zeros_NG == 8).all()) else _blocks(_rows16(zeros_NG.to(torch.uint8), glu))
-    unit, scales = _pack_scales(scales_NG, glu)
+    zeros = None if bool((zeros_NG == 8).all()) else _blocks(_rows16(zeros_NG.to(torch.uint8), glu), arena)
+    unit, scales = _pack_scales(scales_NG, glu, arena)
     perm = None if perm_K is None else perm_K.to(torch.int32).contiguous()
     bias = _pack_bias(bias_N, glu)
     return PackedWeight(
-        W4, v.shape[0], k, in_features or k, _blocks(words), group, unit, scales, zeros, bias, perm
+        W4, v.shape[0], k, in_features or k, _blocks(words, arena), group, unit, scales, zeros, bias, perm
     )  # fmt: skip
 
 
@@ -186,11 +200,11 @@ def _swapped(words: Tensor, mask: int, shift: int) -> Tensor:
     return (differ << shift).bitwise_xor_(differ).bitwise_xor_(words)
 
 
-def _pack_scales(scales_NG: Tensor, glu: bool) -> tuple[float, Tensor]:
+def _pack_scales(scales_NG: Tensor, glu: bool, arena: Arena | None) -> tuple[float, Tensor]:
     """(unit, fp16 [N/16, G, 16]) with scale = unit * fp16; the unit is a power of two that keeps fp16 in its range."""
     top = float(scales_NG.abs().max())
     unit = 2.0 ** (torch.tensor(top).log2().floor().item() - 14) if top > 0 else 1.0
-    return unit, _blocks((_rows16(scales_NG.float(), glu) / unit).half())
+    return unit, _blocks((_rows16(scales_NG.float(), glu) / unit).half(), arena)
 
 
 def has_kernel(scheme: str, tensors: dict[str, Tensor]) -> bool:
@@ -202,14 +216,15 @@ def has_kernel(scheme: str, tensors: dict[str, Tensor]) -> bool:
     return scheme == "int8"
 
 
-def pack_cpu(scheme: str, tensors: dict[str, Tensor], role: str, bias: Tensor | None, in_features: int) -> PackedWeight:
+def pack_cpu(
+    scheme: str, tensors: dict[str, Tensor], role: str, bias: Tensor | None, in_features: int, arena: Arena
+) -> PackedWeight:
     """A matrix in its scheme's canonical form, for which there is a kernel."""
     glu = role == "gate_up"
     if scheme == "dense":
-        return pack_dense(tensors["weight"], bias, glu)
+        return pack_dense(tensors["weight"], bias, glu, arena)
     if scheme == "int8":
-        return pack_int8(tensors["qweight"], tensors["scales"], bias, glu, in_features)
+        return pack_int8(tensors["qweight"], tensors["scales"], bias, glu, in_features, arena)
     assert scheme == "int4", scheme
-    return pack_int4(
-        tensors["qweight"], tensors["scales"], tensors["zeros"], tensors.get("perm"), bias, glu, in_features
-    )
+    four = (tensors["qweight"], tensors["scales"], tensors["zeros"], tensors.get("perm"))
+    return pack_int4(*four, bias, glu, in_features, arena)

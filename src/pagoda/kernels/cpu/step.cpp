@@ -1,7 +1,7 @@
 // One forward of a decoder: one call, one parallel region, a table of layers. Phases of a layer, a barrier after each
 // (P: for one token without a barrier, every thread prepares the activation for itself):
 //   norm + quantise P | qkv | rope + cache write | attention | [merge] | quantise P | o + residual
-//   | norm + quantise P | gate_up + act | quantise P | down + residual
+//   | norm + quantise P | gate_up + act | quantise P (bf16: none) | down + residual
 #include "step.h"
 #include <omp.h>
 
@@ -195,11 +195,16 @@ void Run::thread(int t, int of) {
     write_cache(of, l);
     attention(t, of, l);
     add_to_residual(t, of, l.o, prepare_all(t, of, l.o, attended, ld_out, nullptr, nullptr, n), l.attention_post);
+    const bool prepared = BF16_DOT && l.down.kind == BF16;  // what `prepare` would do, done at once
     matmul<true>(of, l.gate_up, prepare_all(t, of, l.gate_up, x, ld_hidden, l.ffn_norm, nullptr, n), n,
                  [&](int m, int nb, F gate, F up) {
-                   store(gated + (size_t)m * ld_ffn + nb * 8, (md.gelu ? gelu_tanh(gate) : silu(gate)) * up);
+                   const F v = (md.gelu ? gelu_tanh(gate) : silu(gate)) * up;
+                   const size_t at = (size_t)m * ld_ffn + nb * 8;
+                   if (prepared) store_bf16((uint16_t*)gated + at, v); else store(gated + at, v);
                  });
-    add_to_residual(t, of, l.down, prepare_all(t, of, l.down, gated, ld_ffn, nullptr, nullptr, n), l.ffn_post);
+    const Act in = prepared ? Act{(uint8_t*)gated, nullptr, nullptr}
+                            : prepare_all(t, of, l.down, gated, ld_ffn, nullptr, nullptr, n);
+    add_to_residual(t, of, l.down, in, l.ffn_post);
   }
   if (st.logit_rows == 0) return;
   const Act last = prepare_all(t, of, md.head, x, ld_hidden, md.norm, st.logit_row, st.logit_rows);

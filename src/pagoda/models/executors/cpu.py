@@ -14,9 +14,9 @@ from pagoda.kernels.cpu.build import BuildError, load, usable_variants
 from pagoda.kernels.cpu.pack import (
     I8,
     KINDS,
+    Arena,
     PackedWeight,
     address,
-    fresh_zeros,
     has_kernel,
     pack_cpu,
     pack_int8,
@@ -116,7 +116,7 @@ class CpuExecutor:
         self.context = StepContext(load(self.variant))
         layers = cut_layers(program)
         self._keep: list[Any] = []  # what the tables point to
-        self._take = take_weights
+        self._take, self._arena = take_weights, Arena()
         self.layers = (LayerStruct * len(layers))(*(self._layer(layer) for layer in layers))
         self.model = self._model(program, layers[0][9].act)
         self.weight_bytes = sum(self._sizes().values())
@@ -144,9 +144,9 @@ class CpuExecutor:
         scheme, bias, inputs = linear.scheme.name, linear.bias, linear.in_features
         tensors = linear.release() if self._take else linear.tensors
         if linear.role == "head" and scheme == "dense" and self.spec.quant is not None:
-            packed = pack_int8(*quantize_int8(tensors["weight"]), bias, in_features=inputs)
+            packed = pack_int8(*quantize_int8(tensors["weight"]), bias, in_features=inputs, arena=self._arena)
         else:
-            packed = pack_cpu(scheme, tensors, linear.role, bias, inputs)
+            packed = pack_cpu(scheme, tensors, linear.role, bias, inputs, self._arena)
         self._keep.append(packed)
         return packed
 
@@ -210,8 +210,9 @@ class CpuExecutor:
         units, heads = num_blocks * self.config.cache_block_seq_len // UNIT, self.model.shape.kv_heads
         dtype = torch.int8 if self.kv_kind == I8 else self.dtype
         self.free_cache()
+        arena = Arena()
         for layer in self.layers:
-            numbers = [fresh_zeros(units, heads, UNIT * self.width, dtype=dtype) for _ in range(2)]
+            numbers = [arena.take(units, heads, UNIT * self.width, dtype=dtype) for _ in range(2)]
             scales = [torch.zeros(units, heads, UNIT) for _ in range(2)] if self.kv_kind == I8 else []
             self.cache += numbers + scales
             layer.cache.k, layer.cache.v = (address(t) for t in numbers)
