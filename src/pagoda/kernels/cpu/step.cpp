@@ -50,9 +50,10 @@ Act Run::prepare_all(int t, int of, const Weight& w, const float* from, int ld, 
 }
 
 // All outputs for `count` tokens; threads claim runs of blocks, whose weights stay in the core's cache for all tokens.
+// Short runs: a thread that loses its core for a while (to the HTTP process) holds back little.
 template <bool PAIRS, class Put> void Run::matmul(int of, const Weight& w, const Act& a, int count, const Put& put) {
   const int blocks = w.rows / 16, cached = most(1, (int)((256 << 10) / block_bytes(w)));
-  int run = (blocks + of * 4 - 1) / (of * 4);
+  int run = (blocks + of * 16 - 1) / (of * 16);
   if (count > MAX_ROWS) run = least(run, cached);
   run = (run + 3) / 4 * 4;
   const int together = most(MAX_ROWS, (int)((24 << 10) / act_bytes(w)) / MAX_ROWS * MAX_ROWS);
