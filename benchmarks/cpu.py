@@ -6,6 +6,11 @@ Prints one JSON line a workload: medians of both, their ratio and the range over
 8 and 16 streams (prompts of 16 tokens) and prefill of 512 tokens. Pagoda's figures go through the whole engine
 (scheduler, runner, sampler; greedy), llama.cpp's are the bare model step. `--peer` may be left out. With `--tokenizer`
 (any folder with a tokenizer.json) decode is measured through `pagoda serve` too, in turns with the engine alone.
+
+    python benchmarks/cpu.py --speculate 6
+
+measures prompt-lookup speculation instead: the bundled model repeats a text, guessing so many tokens a step, in turns
+with an engine that guesses nothing (as engines are unless told).
 """
 
 import argparse
@@ -31,6 +36,8 @@ from pagoda.config import EngineConfig
 from pagoda.engine.client import EngineClient, start_engine
 from pagoda.engine.request import EngineRequest, SamplingParams
 from pagoda.kernels.cpu.threads import default_threads
+from pagoda.models.find import resolve_model
+from pagoda.text.tokenizer import load_tokenizer
 
 HERE = Path(__file__).parent
 Ask = Callable[..., float]  # (what, its arguments) -> tokens a second
@@ -38,6 +45,10 @@ WORKLOADS = {  # name -> (what, its arguments)
     "decode 1": ("decode", 1, 48), "decode 4": ("decode", 4, 24), "decode 8": ("decode", 8, 24),
     "decode 16": ("decode", 16, 24), "prefill 512": ("prefill", 512),
 }  # fmt: skip
+TOLD = (
+    "Tom has a red ball. The ball is in the box. Ann takes the ball out of the box and gives it to Tom. Tom is happy. "
+)
+QUOTING = f"<|im_start|>user\nRepeat this text: {TOLD}<|im_end|>\n<|im_start|>assistant\n{TOLD * 2}"
 
 
 class Ours:
@@ -148,6 +159,28 @@ def say(name: str, mine: list[float], theirs: list[float], beside: str | None, f
     print(json.dumps({k: round(v, 2) if isinstance(v, float) else v for k, v in rounded.items()}), flush=True)
 
 
+def speculate(guesses: int, threads: int, rounds: int) -> None:
+    """One JSON line: the bundled model goes on with QUOTING, guessing against not; both must say the same."""
+    prompt = load_tokenizer(resolve_model("mini")).encode(QUOTING)
+    said: list[list[int]] = []
+
+    def ask(engine: EngineClient, tokens: int) -> float:
+        params = SamplingParams(temperature=0.0, max_tokens=tokens)
+        request = EngineRequest(f"s{len(said)}", prompt, params, arrival=time.monotonic())
+        times = [(time.perf_counter(), output.token_ids) for output in engine.submit(request)]
+        said.append([token for _, ids in times for token in ids])
+        assert said[-1] == said[0], "guesses changed the output"
+        return (len(said[-1]) - len(times[0][1])) / (times[-1][0] - times[0][0])
+
+    config = EngineConfig(device="cpu", num_threads=threads, max_batch_size=1)
+    told = config.replace(speculative_ngram=guesses)
+    with start_engine("mini", config) as plain, start_engine("mini", told) as guessing:
+        mine, theirs = measure(lambda n: ask(guessing, n), lambda n: ask(plain, n), rounds, 150)
+        counted = guessing.stats().counters
+    accepted = counted.accepted_tokens / counted.guessed_tokens
+    say("repeat a text", mine, theirs, "plain", {"guesses": guesses, "threads": threads, "accepted": accepted})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=("qwen2.5-0.5b", "tinyllama-1.1b"), default="qwen2.5-0.5b")
@@ -158,7 +191,10 @@ def main() -> None:
     parser.add_argument("--peer", help="a Python that has llama-cpp-python and gguf")
     parser.add_argument("--tokenizer", type=Path, help="a folder with tokenizer.json: measure decode over HTTP too")
     parser.add_argument("--models", type=Path, default=Path(tempfile.gettempdir()), help="folder for GGUF files")
+    parser.add_argument("--speculate", type=int, metavar="K", help="measure speculation with K guesses a step instead")
     args = parser.parse_args()
+    if args.speculate:
+        return speculate(args.speculate, args.threads, args.rounds)
     peer = Peer(args.peer, args.shape, args.format, args.threads, args.models) if args.peer else None
     config = EngineConfig(
         device="cpu", dtype="bfloat16", load_format="dummy", session_len=2048, max_batch_size=16,

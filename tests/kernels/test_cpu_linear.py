@@ -1,12 +1,14 @@
 """The C++ matrices, every format and variant, against the dequantised weights in float64."""
 
 import ctypes
+import re
+from pathlib import Path
 
 import pytest
 import torch
 
 from pagoda.kernels.cpu.build import load, usable_variants
-from pagoda.kernels.cpu.pack import address, has_kernel, pack_dense, pack_int4, pack_int8
+from pagoda.kernels.cpu.pack import Arena, address, has_kernel, pack_dense, pack_int4, pack_int8
 
 VARIANTS = usable_variants()
 TOKENS = (1, 2, 3, 4, 5, 7, 8, 9, 17)
@@ -145,3 +147,27 @@ def test_weights_without_a_kernel_are_refused():
         "zeros": torch.zeros(16, 3),
     }
     assert not has_kernel("int4", odd_group)
+
+
+def test_an_arena_gives_zeros_one_behind_the_other():
+    arena = Arena(chunk=4096)
+    a, b, c = (arena.take(*shape, dtype=torch.int16) for shape in ((3, 5), (1000,), (4, 700)))
+    assert [address(t) % 64 for t in (a, b, c)] == [0, 0, 0]
+    assert address(b) - address(a) == 64  # the first 30 bytes, rounded up
+    for number, tensor in enumerate((a, b, c)):
+        assert not tensor.any()
+        tensor.fill_(number + 1)
+    assert a.unique().tolist() + b.unique().tolist() + c.unique().tolist() == [1, 2, 3]
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="no huge pages here")
+def test_the_kernel_may_back_packed_weights_with_huge_pages():
+    """As it says itself: the mapping is advised (hg) and private, for it has no huge pages for shared memory."""
+    packed = pack_dense(torch.randn(1024, 512), arena=Arena())
+    where, flags = address(packed.q), {}
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if bounds := re.match("([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(bounds[1], 16) <= where < int(bounds[2], 16)
+        elif line.startswith("VmFlags") and inside:
+            flags = set(line.split()[1:])
+    assert "hg" in flags and "sh" not in flags
