@@ -1,14 +1,18 @@
 """Conversations: history, one turn at a time, what an aborted turn leaves, files."""
 
+import asyncio
 import os
+import threading
 
 import msgspec
 import pytest
 from fake_device import FakeDevice, expected, request
 
+from pagoda.engine.request import EngineRequest, SamplingParams
 from pagoda.engine.scheduler import Scheduler, SchedulerConfig
-from pagoda.engine.sessions import SavedSessions, Sessions
-from pagoda.errors import NotFoundError, SessionBusyError, SessionExpiredError, UsageError
+from pagoda.engine.session_files import SavedSessions, read_sessions, write_sessions
+from pagoda.engine.sessions import Sessions
+from pagoda.errors import NotFoundError, OverloadedError, SessionBusyError, SessionExpiredError, UsageError
 
 
 def turn(scheduler, device, req):
@@ -20,6 +24,14 @@ def turn(scheduler, device, req):
             tokens += output.token_ids
             cached += output.num_cached_tokens
     return tokens, cached
+
+
+def save(sessions, path):
+    write_sessions(path, "mini", sessions.snapshot())
+
+
+def restore(sessions, path, vocab_size=2**31):
+    return sessions.adopt(read_sessions(path, "mini", vocab_size))
 
 
 def make(sessions=None, num_blocks=33):
@@ -46,21 +58,21 @@ def test_evicted_history_is_computed_again():
 
 
 def test_restored_in_a_new_engine_the_next_turn_is_the_same(tmp_path):
-    scheduler, device = make(Sessions("mini"))
+    scheduler, device = make()
     turn(scheduler, device, request("1", [1, 2, 3], session="s", max_tokens=9))
-    scheduler.sessions.save(tmp_path / "sessions")
+    save(scheduler.sessions, tmp_path / "sessions")
     assert os.stat(tmp_path / "sessions").st_mode & 0o077 == 0
     here, _ = turn(scheduler, device, request("2", [4], session="s"))
-    other, device = make(Sessions("mini"))
-    assert other.sessions.restore(tmp_path / "sessions") == 1
+    other, device = make()
+    assert restore(other.sessions, tmp_path / "sessions") == 1
     assert turn(other, device, request("2", [4], session="s"))[0] == here
 
 
 def test_bad_files_are_refused_and_nothing_is_half_written(tmp_path):
-    sessions = Sessions("mini")
+    sessions = Sessions()
     path = tmp_path / "sessions"
     with pytest.raises(UsageError, match="cannot be read"):
-        sessions.restore(path)
+        restore(sessions, path)
     for data, message in (
         (b"\xc1", "damaged"),
         (msgspec.msgpack.encode(SavedSessions(9, "mini", {})), "version 9"),
@@ -69,13 +81,13 @@ def test_bad_files_are_refused_and_nothing_is_half_written(tmp_path):
     ):
         path.write_bytes(data)
         with pytest.raises(UsageError, match=message):
-            sessions.restore(path)
+            restore(sessions, path)
     assert len(sessions) == 0
     with pytest.raises(UsageError, match="make the folder"):
-        sessions.save(tmp_path / "missing" / "sessions")
+        save(sessions, tmp_path / "missing" / "sessions")
     (tmp_path / "folder").mkdir()
     with pytest.raises(UsageError, match="Is a directory"):
-        sessions.save(tmp_path / "folder")
+        save(sessions, tmp_path / "folder")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "sessions"]
 
 
@@ -134,13 +146,60 @@ def test_memory_is_bounded_and_the_longest_idle_go_first():
 
 
 def test_a_file_with_foreign_ids_is_refused(tmp_path):
-    large = Sessions(vocab_size=100)
+    large = Sessions()
     large.begin("s", "r")
     large.end("s", "r", [5, 99], 1)
-    large.save(tmp_path / "file")
-    assert Sessions(vocab_size=100).restore(tmp_path / "file") == 1
-    with pytest.raises(UsageError, match="another model"):
-        Sessions(vocab_size=99).restore(tmp_path / "file")
+    save(large, tmp_path / "file")
+    assert restore(Sessions(), tmp_path / "file", 100) == 1
+    with pytest.raises(UsageError, match="of another model"):
+        restore(Sessions(), tmp_path / "file", 99)
+
+
+def test_a_file_holds_those_of_a_prefix_as_they_were_and_any_reader_of_msgpack_reads_it(tmp_path):
+    sessions = Sessions()
+    for name, tokens in (("a:1", [1, 2, 3]), ("a:2", []), ("b:1", [4])):
+        sessions.begin(name, name)
+        sessions.end(name, name, tokens, 1)
+    taken = sessions.snapshot("a:")
+    sessions.trim("a:1", 0)
+    write_sessions(tmp_path / "file", "folder/mini", taken)
+    saved = msgspec.msgpack.decode((tmp_path / "file").read_bytes())
+    ids = {"a:1": b"\1\0\0\0\2\0\0\0\3\0\0\0", "a:2": b""}
+    assert saved == {"version": 1, "model": "folder/mini", "sessions": ids}
+    assert list(read_sessions(tmp_path / "file", "folder/mini", 9, "a:2")) == ["a:2"]
+    assert sessions.adopt(read_sessions(tmp_path / "file", "folder/mini", 9)) == 2
+    assert (sessions.tokens("a:1"), sessions.tokens("b:1")) == ([1, 2, 3], [4])
+
+
+def test_files_do_not_hold_up_the_streams(engines, monkeypatch):
+    """The disk of this save is busy until a whole answer has come."""
+    engine, written, busy = engines(), [], threading.Event()
+
+    def slow(path, model, histories):
+        assert busy.wait(30)
+        written.append(sorted(histories))
+
+    monkeypatch.setattr("pagoda.engine.process.write_sessions", slow)
+    params = SamplingParams(max_tokens=5)
+    list(engine.submit(EngineRequest("1", [5, 6], params, session_id="a:1")))
+
+    async def both():
+        saving = asyncio.create_task(engine.ask("save_sessions", path="x", prefix="a:"))
+        await engine.ask("ping")
+        outputs = [output async for output in engine.submit(EngineRequest("2", [5, 6], params, session_id="a:2"))]
+        assert not saving.done()
+        busy.set()
+        return outputs[-1].finish_reason, await saving
+
+    assert asyncio.run(both()) == ("length", 1) and written == [["a:1"]]
+    with pytest.raises(UsageError, match="cannot be read"):
+        engine.call("restore_sessions", path="nowhere")
+    busy.clear()
+    for _ in range(16):
+        engine.tell("save_sessions", path="x")
+    with pytest.raises(OverloadedError):
+        engine.call("save_sessions", path="x")
+    busy.set()
 
 
 def test_a_forgotten_session_is_told_once():

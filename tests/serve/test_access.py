@@ -22,8 +22,13 @@ HELLO = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
 
 
 @pytest.fixture(scope="module")
-def locked(mini: Pipeline) -> Iterator[Running]:
-    config = ServeConfig(api_keys=["sk-one", "sk-two"], max_concurrent_per_key=2, allow_origins=["https://page.test"])
+def locked(mini: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    config = ServeConfig(
+        api_keys=["sk-one", "sk-two"],
+        max_concurrent_per_key=2,
+        allow_origins=["https://page.test"],
+        session_dir=str(tmp_path_factory.mktemp("sessions")),
+    )
     yield from serve(mini, config)
 
 
@@ -68,6 +73,32 @@ def test_right_keys_enter_and_are_kept_apart(locked: Running) -> None:
         usage = locked.http.post(CHAT, json=long, headers=key(word)).json()["usage"]
         cached.append(usage["prompt_tokens_details"]["cached_tokens"])
     assert cached[0] == cached[2] == 0 < cached[1]
+
+
+def test_a_key_saves_and_restores_its_own_sessions(locked: Running) -> None:
+    turn = {"session_id": 9, "interactive_mode": True, "temperature": 0, "request_output_len": 8}
+    tokens = {}
+    for word, said in (("sk-one", "My name is Ada."), ("sk-two", "Hello, my name is Bob, who are you?")):
+        locked.http.post("/v1/chat/interactive", json={**turn, "prompt": said}, headers=key(word))
+        saved = locked.http.post("/v1/sessions/save", json={"name": "same"}, headers=key(word)).json()
+        listed = locked.http.get("/v1/sessions", headers=key(word)).json()["data"]
+        tokens[word] = {s["id"]: s["tokens"] for s in listed}
+        assert saved == {"saved": "same", "sessions": len(listed)}
+    locked.http.post("/v1/sessions/save", json={"name": "mine"}, headers=key("sk-one"))
+    refused = locked.http.post("/v1/sessions/restore", json={"name": "mine"}, headers=key("sk-two"))
+    assert (
+        refused.status_code == 400 and "mine.sessions" in refused.text and "/" not in refused.json()["error"]["message"]
+    )
+    locked.http.post("/v1/chat/interactive", json={**turn, "prompt": "And now?"}, headers=key("sk-two"))
+    restored = locked.http.post("/v1/sessions/restore", json={"name": "same"}, headers=key("sk-one")).json()
+    assert restored == {"restored": len(tokens["sk-one"])}
+    for word, changed in (("sk-one", False), ("sk-two", True)):
+        listed = {s["id"]: s["tokens"] for s in locked.http.get("/v1/sessions", headers=key(word)).json()["data"]}
+        assert (listed["9"] != tokens[word]["9"]) == changed
+    for number in range(40):
+        full = locked.http.post("/v1/sessions/save", json={"name": f"n{number}"}, headers=key("sk-one"))
+    assert full.status_code == 400 and full.json()["error"]["param"] == "name"
+    assert locked.http.post("/v1/sessions/save", json={"name": "same"}, headers=key("sk-one")).status_code == 200
 
 
 def test_a_key_has_its_share(locked: Running) -> None:

@@ -22,6 +22,7 @@ from pagoda.errors import EngineDeadError, PagodaError, named_error
 from pagoda.log import get_logger
 from pagoda.models.workspace import is_workspace, open_workspace
 
+Answered = wire.Answer | EngineDeadError
 log = get_logger(__name__)
 
 
@@ -65,7 +66,7 @@ class EngineClient:
         self._transport = transport
         self._lock = threading.Lock()
         self._tickets: dict[str, Ticket] = {}
-        self._answers: dict[int, queue.SimpleQueue[wire.Answer | EngineDeadError]] = {}
+        self._answers: dict[int, Callable[[Answered], Any]] = {}
         self._seq = itertools.count(1)
         self._death: PagodaError | None = None
         self._closing = False
@@ -113,24 +114,39 @@ class EngineClient:
 
     def call(self, verb: str, timeout: float = 30.0, **arguments: Any) -> Any:
         """Ask the engine and wait for the answer; a hung or dead engine raises `EngineDeadError`."""
-        seq = next(self._seq)
-        answers: queue.SimpleQueue[wire.Answer | EngineDeadError] = queue.SimpleQueue()
+        answers: queue.SimpleQueue[Answered] = queue.SimpleQueue()
+        seq = self._ask(verb, arguments, answers.put)
+        try:
+            return _value(answers.get(timeout=timeout))
+        except queue.Empty:
+            raise _silent(timeout) from None
+        finally:
+            self._answers.pop(seq, None)
+
+    async def ask(self, verb: str, timeout: float = 30.0, **arguments: Any) -> Any:
+        """`call`, while the event loop goes on."""
+        loop, answers = asyncio.get_running_loop(), asyncio.Queue[Answered]()
+
+        def deliver(answer: Answered) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop was closed
+                loop.call_soon_threadsafe(answers.put_nowait, answer)
+
+        seq = self._ask(verb, arguments, deliver)
+        try:
+            return _value(await asyncio.wait_for(answers.get(), timeout))
+        except asyncio.TimeoutError:
+            raise _silent(timeout) from None
+        finally:
+            self._answers.pop(seq, None)
+
+    def _ask(self, verb: str, arguments: dict[str, Any], deliver: "Callable[[Answered], Any]") -> int:
         with self._lock:
             if self._death is not None:
                 raise self._death
-            self._answers[seq] = answers
+            seq = next(self._seq)
+            self._answers[seq] = deliver
         self._transport.send(wire.Call(seq, verb, arguments))
-        try:
-            answer = answers.get(timeout=timeout)
-        except queue.Empty:
-            raise EngineDeadError(f"The engine did not answer within {timeout:g} s.") from None
-        finally:
-            self._answers.pop(seq, None)
-        if isinstance(answer, EngineDeadError):
-            raise answer
-        if answer.error is not None:
-            raise named_error(*answer.error)
-        return answer.value
+        return seq
 
     def stats(self) -> EngineStats:
         """The engine's counters at this moment."""
@@ -189,9 +205,7 @@ class EngineClient:
             if isinstance(message, wire.Outputs):
                 self._dispatch(message.outputs)
             elif isinstance(message, wire.Answer):
-                waiting = self._answers.get(message.seq)
-                if waiting is not None:
-                    waiting.put(message)
+                self._answers.get(message.seq, _nobody)(message)
             elif isinstance(message, wire.Dead):
                 self._die(EngineDeadError(message.error[1]))
                 return
@@ -225,10 +239,26 @@ class EngineClient:
             self._death = self._death or error
             waiting, self._answers = list(self._answers.values()), {}
             open_ids = list(self._tickets)
-        for answers in waiting:
-            answers.put(error)
+        for deliver in waiting:
+            deliver(error)
         kind = type(error).__name__
         self._dispatch([Output(i, finish_reason="error", error=str(error), error_kind=kind) for i in open_ids])
+
+
+def _value(answer: Answered) -> Any:
+    if isinstance(answer, EngineDeadError):
+        raise answer
+    if answer.error is not None:
+        raise named_error(*answer.error)
+    return answer.value
+
+
+def _silent(timeout: float) -> EngineDeadError:
+    return EngineDeadError(f"The engine did not answer within {timeout:g} s.")
+
+
+def _nobody(answer: Answered) -> None:
+    """An answer that nobody waits for any more."""
 
 
 def _deliver_all(pairs: list[tuple[Ticket, Output]]) -> None:

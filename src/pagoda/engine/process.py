@@ -14,6 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import zmq
 
 from pagoda.config import EngineConfig
 from pagoda.engine import wire
+from pagoda.engine.errands import Errand, Errands
 from pagoda.engine.grammars import FAILED, Grammars
 from pagoda.engine.params import id_list, read_generation_defaults
 from pagoda.engine.ranks import LocalRanks
@@ -30,6 +32,7 @@ from pagoda.engine.request import EngineRequest, Output
 from pagoda.engine.runner import Runner
 from pagoda.engine.schedule import Schedule
 from pagoda.engine.scheduler import Scheduler, SchedulerConfig
+from pagoda.engine.session_files import read_sessions, write_sessions
 from pagoda.engine.sessions import Sessions
 from pagoda.engine.workers import OwnWorker, Workers
 from pagoda.errors import EngineError, PagodaError
@@ -41,6 +44,7 @@ Poll = Callable[[float | None], list[tuple[bytes, wire.ToEngine]]]
 Send = Callable[[bytes, wire.FromEngine], None]
 
 IDLE_SECONDS = 1.0
+ERRAND_SECONDS = 0.01  # between looks at an errand, where there is nothing else to do
 LOOK_SECONDS = 1.0  # between looks at whether the clients are still there
 
 log = get_logger(__name__)
@@ -53,6 +57,7 @@ class EngineLoop:
         self.info, self._scheduler, self._workers, self._grammars = info, scheduler, workers, grammars
         self._owner: dict[str, bytes] = {}
         self._flights: deque[Schedule] = deque()
+        self._errands = Errands()
         self._stopping = False
         self.calls: dict[str, Callable[..., Any]] = {
             "stats": self._scheduler.stats,
@@ -60,8 +65,8 @@ class EngineLoop:
             "delete_session": self._delete_session,
             "session_tokens": self._scheduler.sessions.look_up,
             "abort_requests": self._abort_requests,
-            "save_sessions": lambda path: self._scheduler.sessions.save(Path(path)),
-            "restore_sessions": lambda path: self._scheduler.sessions.restore(Path(path)),
+            "save_sessions": self._save_sessions,
+            "restore_sessions": self._restore_sessions,
             "ping": lambda: None,
         }
 
@@ -80,11 +85,14 @@ class EngineLoop:
         try:
             while not self._stopping:
                 busy = self._scheduler.has_work or bool(self._flights)
-                for sender, message in self._poll(0 if busy else IDLE_SECONDS):
+                wait = ERRAND_SECONDS if self._errands.num_open else IDLE_SECONDS
+                for sender, message in self._poll(0 if busy else wait):
                     self._take(sender, message)
+                self._errands.finish()
                 self._scheduler.sessions.expire()
                 self._emit(self._scheduler.expire_waiting())
                 self._step()
+            self._errands.close()
             self._end("abort", "The engine is shutting down.")
             return True
         except Exception as error:
@@ -142,10 +150,17 @@ class EngineLoop:
     def _answer(self, sender: bytes, call: wire.Call) -> None:
         if call.verb == "hello":
             self._send(sender, wire.Ready(self.info))
-            return
+        else:
+            self._report(sender, call, lambda: self.calls[call.verb](**call.arguments))
+
+    def _report(self, sender: bytes, call: wire.Call, result: Callable[[], Any]) -> None:
+        """Answer with what `result` returns or raises, or when its errand is done."""
         try:
-            value = msgspec.to_builtins(self.calls[call.verb](**call.arguments))
-            self._send(sender, wire.Answer(call.seq, value))
+            value = result()
+            if isinstance(value, Errand):
+                self._errands.start(value, lambda end: self._report(sender, call, end))
+            else:
+                self._send(sender, wire.Answer(call.seq, msgspec.to_builtins(value)))
         except PagodaError as error:
             self._send(sender, wire.Answer(call.seq, error=(type(error).__name__, str(error))))
         except (KeyError, TypeError) as error:
@@ -190,6 +205,16 @@ class EngineLoop:
     def _delete_session(self, session_id: str) -> bool:
         return self._scheduler.sessions.delete(session_id)
 
+    def _save_sessions(self, path: str, prefix: str = "") -> Errand:
+        """Those whose id begins with `prefix`."""
+        histories = self._scheduler.sessions.snapshot(prefix)
+        return Errand(lambda: write_sessions(Path(path), self.info.model, histories), lambda _: len(histories))
+
+    def _restore_sessions(self, path: str, prefix: str = "") -> Errand:
+        info = self.info
+        read = partial(read_sessions, Path(path), info.model, info.vocab_size, prefix)
+        return Errand(read, self._scheduler.sessions.adopt)
+
     def _abort_requests(self, prefix: str | None = None, session_id: str | None = None) -> int:
         """Abort by the beginning of the id, or the running turn of a session; tells how many there were."""
         prefix = self._scheduler.sessions.turn(session_id) if session_id is not None else prefix
@@ -233,7 +258,7 @@ def build_engine(
             max_queued=config.max_queued_requests or 4 * config.max_batch_size,
             cache_variant=spec.rope.variant,
         ),
-        Sessions(model=str(model), ttl=config.session_ttl, vocab_size=spec.vocab_size),
+        Sessions(ttl=config.session_ttl),
     )
     eos = dict.fromkeys((*spec.eos_ids, *id_list(read_generation_defaults(text).get("eos_token_id"))))
     info = wire.EngineInfo(

@@ -6,21 +6,16 @@ tokens that the client received; a stop token was not received, so the next turn
 closes the answer, whatever ended it.
 """
 
-import os
 import time
 from array import array
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
-from tempfile import NamedTemporaryFile
 
-import msgspec
 from msgspec import Struct
 
-from pagoda.errors import NotFoundError, SessionBusyError, SessionExpiredError, UsageError
+from pagoda.errors import NotFoundError, SessionBusyError, SessionExpiredError
 
-VERSION = 1
 MAX_SESSIONS = 100_000
 MAX_TOKENS = 1 << 28  # 1 GiB of token ids
 
@@ -34,17 +29,9 @@ class SessionInfo(Struct):
     busy: bool
 
 
-class SavedSessions(Struct):
-    """The file format: msgpack. Token ids are int32, little-endian as every machine we run on."""
-
-    version: int
-    model: str
-    sessions: dict[str, bytes]
-
-
 @dataclass
 class Session:
-    tokens: array = field(default_factory=lambda: array("i"))  # of all committed turns
+    tokens: array = field(default_factory=lambda: array("i"))  # of all committed turns; replaced, never changed
     turn: str | None = None  # the running request
     last_turn: str | None = None  # the request that was committed last ...
     last_prompt_len: int = 0  # ... and the length of its prompt, history included
@@ -52,19 +39,17 @@ class Session:
 
 
 class Sessions:
-    """All sessions of one engine. `model` labels saved files; `ttl` is in seconds. Beyond `max_sessions`, or
+    """All sessions of one engine. `ttl` is in seconds. Beyond `max_sessions`, or
     `max_tokens` of history in all, those that were idle for the longest are forgotten first."""
 
     def __init__(
         self,
-        model: str = "",
         ttl: float = 3600.0,
         clock: Callable[[], float] = time.monotonic,
-        vocab_size: int = 2**31,
         max_sessions: int = MAX_SESSIONS,
         max_tokens: int = MAX_TOKENS,
     ):
-        self.model, self.ttl, self.clock, self.vocab_size = model, ttl, clock, vocab_size
+        self.ttl, self.clock = ttl, clock
         self.max_sessions, self.max_tokens = max_sessions, max_tokens
         self._num_tokens = 0  # of all committed histories
         self._sessions: OrderedDict[str, Session] = OrderedDict()  # by time of last use
@@ -129,7 +114,7 @@ class Sessions:
         for session in self._sessions.values():
             if session.last_turn == request_id and session.turn is None:
                 self._num_tokens -= len(session.tokens)
-                del session.tokens[session.last_prompt_len + max(0, keep_tokens) :]
+                session.tokens = session.tokens[: session.last_prompt_len + max(0, keep_tokens)]
                 self._num_tokens += len(session.tokens)
                 return
 
@@ -157,63 +142,23 @@ class Sessions:
         now = self.clock()
         return [SessionInfo(i, len(s.tokens), now - s.used, s.turn is not None) for i, s in self._sessions.items()]
 
-    def save(self, path: Path) -> None:
-        """Write all committed histories, whole or not at all, readable by the owner only."""
-        saved = SavedSessions(VERSION, self.model, {i: s.tokens.tobytes() for i, s in self._sessions.items()})
-        if not path.parent.is_dir():
-            raise UsageError(f"Sessions cannot be saved to {path}: make the folder {path.parent} first.")
-        try:
-            _write_whole(path, msgspec.msgpack.encode(saved))
-        except OSError as error:
-            raise UsageError(f"Sessions cannot be saved to {path} ({error.strerror}): choose another folder.") from None
+    def snapshot(self, prefix: str = "") -> dict[str, array]:
+        """All committed histories of the sessions whose id begins with `prefix`; nobody may change them."""
+        return {i: s.tokens for i, s in self._sessions.items() if i.startswith(prefix)}
 
-    def restore(self, path: Path) -> int:
-        """Add the sessions of a file and return their number; those of the same name are replaced. Raises `UsageError`
-        for a missing, damaged, newer or foreign file and `SessionBusyError`, having changed nothing."""
-        saved = _read(path, self.model)
-        ends = [end for tokens in saved.values() if tokens for end in (min(tokens), max(tokens))]
-        if not all(0 <= token < self.vocab_size for token in ends):
-            raise UsageError(f"{path} holds token ids that the model does not have: it was saved with another model.")
-        busy = [i for i in saved if i in self._sessions and self._sessions[i].turn is not None]
+    def adopt(self, histories: dict[str, array]) -> int:
+        """Add sessions and return their number; those of the same name are replaced. Raises `SessionBusyError`, having
+        changed nothing."""
+        busy = [i for i in histories if i in self._sessions and self._sessions[i].turn is not None]
         if busy:
             raise SessionBusyError(f"Session {busy[0]!r} is still answering: wait for its turn to end or abort it.")
-        for session_id, tokens in saved.items():
+        for session_id, tokens in histories.items():
             self.delete(session_id)
             self._sessions[session_id] = Session(tokens)
             self._num_tokens += len(tokens)
             self._touch(session_id)
-        return len(saved)
+        return len(histories)
 
     def _touch(self, session_id: str) -> None:
         self._sessions[session_id].used = self.clock()
         self._sessions.move_to_end(session_id)
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    with NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        try:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
-
-
-def _read(path: Path, model: str) -> dict[str, array]:
-    try:
-        saved = msgspec.msgpack.decode(path.read_bytes(), type=SavedSessions)
-    except OSError as error:
-        raise UsageError(f"The sessions file {path} cannot be read ({error.strerror}): check the path.") from error
-    except msgspec.MsgspecError as error:
-        raise UsageError(f"{path} is not a sessions file, or it is damaged: save the sessions again.") from error
-    if saved.version > VERSION:
-        raise UsageError(f"{path} has version {saved.version}, this program reads up to {VERSION}: update Pagoda.")
-    if saved.model != model:
-        raise UsageError(
-            f"{path} was saved with the model {saved.model!r}, not {model!r}: load that model to restore it."
-        )
-    if any(len(data) % 4 for data in saved.sessions.values()):
-        raise UsageError(f"{path} is damaged: save the sessions again.")
-    return {session_id: array("i", data) for session_id, data in saved.sessions.items()}

@@ -130,9 +130,9 @@ class Backend:
         finally:
             self._num_preparing -= 1
 
-    async def call(self, verb: str, **arguments: Any) -> Any:
+    async def call(self, verb: str, timeout: float = 10.0, **arguments: Any) -> Any:
         """Ask the engine."""
-        return await asyncio.to_thread(self.pipe.engine.call, verb, 10.0, **arguments)
+        return await self.pipe.engine.ask(verb, timeout, **arguments)
 
     def tenant_of(self, key_digest: bytes) -> str:
         """The name under which a key's sessions and cached blocks are kept apart."""

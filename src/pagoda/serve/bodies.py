@@ -262,4 +262,4 @@ class AbortBody(Body):
 
 
 class SessionFileBody(Body):
-    name: str = Field(pattern=r"^[\w-][\w.-]{0,63}$")
+    name: str = Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_.-]{0,63}$")

@@ -19,6 +19,8 @@ from pagoda.serve.documents import documented, failures
 from pagoda.serve.exposition import exposition
 from pagoda.serve.interactive import session_name
 
+MAX_FILES = 32  # of one key
+FILE_SECONDS = 120.0
 router = APIRouter()
 
 
@@ -114,22 +116,35 @@ async def delete_session(request: Request, session_id: str) -> dict[str, Any]:
     return {"id": session_id, "object": "session", "deleted": True}
 
 
-def _file(request: Request, name: str) -> str:
-    folder = request.app.state.backend.config.session_dir
-    if folder is None:
-        raise RequestError("Sessions cannot be saved: start the server with --session-dir FOLDER.")
-    return str(Path(folder).resolve() / f"{name}.sessions")
+async def _file(request: Request, name: str, most: int = 0) -> dict[str, Any]:
+    """Arguments of the call that saves or restores this key's sessions. With `most`, a new file is refused when the key
+    has so many."""
+    backend, tenant = request.app.state.backend, request.state.tenant
+    if backend.config.session_dir is None:
+        raise RequestError("Sessions cannot be saved: the operator starts the server with --session-dir FOLDER.")
+
+    def place() -> Path:
+        folder = Path(backend.config.session_dir).resolve() / tenant
+        if tenant and folder.parent.is_dir():
+            folder.mkdir(mode=0o700, exist_ok=True)
+        path = folder / f"{name}.sessions"
+        if most and not path.exists() and len(list(folder.glob("*.sessions"))) >= most:
+            raise RequestError(f"This key has {most} sessions files, the most allowed: use the name of one.", "name")
+        return path
+
+    path = await backend.prepare(place)
+    return {"path": str(path), "prefix": session_name(tenant, ""), "timeout": FILE_SECONDS}
 
 
-@router.post("/v1/sessions/save", **documented(SessionFileBody, "Save all conversations to a file of the server"))
+@router.post("/v1/sessions/save", **documented(SessionFileBody, "Save this key's conversations to a file"))
 async def save_sessions(request: Request) -> dict[str, Any]:
     body = await read_body(request, SessionFileBody)
-    await request.app.state.backend.call("save_sessions", path=_file(request, body.name))
-    return {"saved": body.name}
+    number = await request.app.state.backend.call("save_sessions", **await _file(request, body.name, MAX_FILES))
+    return {"saved": body.name, "sessions": number}
 
 
-@router.post("/v1/sessions/restore", **documented(SessionFileBody, "Read conversations back"))
+@router.post("/v1/sessions/restore", **documented(SessionFileBody, "Read this key's conversations back"))
 async def restore_sessions(request: Request) -> dict[str, Any]:
     body = await read_body(request, SessionFileBody)
-    number = await request.app.state.backend.call("restore_sessions", path=_file(request, body.name))
+    number = await request.app.state.backend.call("restore_sessions", **await _file(request, body.name))
     return {"restored": number}
