@@ -200,6 +200,8 @@ def test_files_do_not_hold_up_the_streams(engines, monkeypatch):
     with pytest.raises(OverloadedError):
         engine.call("save_sessions", path="x")
     busy.set()
+    engine.close()  # which waits for the files
+    assert len(written) == 17
 
 
 def test_a_forgotten_session_is_told_once():
@@ -220,6 +222,10 @@ def test_a_forgotten_session_is_told_once():
     assert sessions.look_up("c") == [1, 2]
     with pytest.raises(SessionExpiredError):
         sessions.look_up("b")
+    sessions.lose(["c", "of a former engine"])
+    assert sessions.look_up("c") == [1, 2]
+    with pytest.raises(SessionExpiredError):
+        sessions.look_up("of a former engine")
     now[0] = 99.0
     sessions.expire()
     assert not sessions.delete("c")

@@ -42,6 +42,10 @@ LONG = {"prompt": "a", "max_tokens": 300, "ignore_eos": True, "stream": True, "n
 def test_a_dead_engine_is_told_and_replaced_and_sigterm_drains(start) -> None:
     server = start("--num_http_workers", "2")
     assert re.search(r"KV cache .* tokens", server.report)
+    turn = {"prompt": "My name is Ada.", "interactive_mode": True, "request_output_len": 4}
+    for session in (1, 2, 3):
+        assert server.http.post("/v1/chat/interactive", json={**turn, "session_id": session}).status_code == 200
+    assert server.http.delete("/v1/sessions/3").status_code == 200
     engine = children(server.process.pid, "pagoda.engine.process")[0]
     assert len(children(server.process.pid, "pagoda.serve.worker")) == 2
     with server.http.stream("POST", "/v1/completions", json=LONG) as answer:
@@ -57,6 +61,9 @@ def test_a_dead_engine_is_told_and_replaced_and_sigterm_drains(start) -> None:
     assert server.until("health", 503, 1.0) < 1.0
     server.until("ready", 200)
     assert server.http.post("/v1/completions", json={"prompt": "a", "max_tokens": 2}).status_code == 200
+    told = [server.http.post("/v1/chat/interactive", json={**turn, "session_id": i}) for i in (1, 1, 3)]
+    assert [t.status_code for t in told] == [404, 200, 200] and told[0].json()["error"]["code"] == "session_expired"
+    assert [t.json()["history_tokens"] for t in told[1:]] == [0, 0]
     again = children(server.process.pid, "pagoda.engine.process")
     assert again and again != [engine]
     workers = children(server.process.pid, "pagoda.serve.worker")

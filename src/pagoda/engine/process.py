@@ -63,6 +63,7 @@ class EngineLoop:
             "stats": self._scheduler.stats,
             "list_sessions": self._scheduler.sessions.list,
             "delete_session": self._delete_session,
+            "lose_sessions": self._scheduler.sessions.lose,
             "session_tokens": self._scheduler.sessions.look_up,
             "abort_requests": self._abort_requests,
             "save_sessions": self._save_sessions,

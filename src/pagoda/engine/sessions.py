@@ -9,7 +9,7 @@ closes the answer, whatever ended it.
 import time
 from array import array
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from msgspec import Struct
@@ -78,8 +78,8 @@ class Sessions:
         if session_id in self._forgotten:
             del self._forgotten[session_id]
             raise SessionExpiredError(
-                "The session was forgotten: it was idle for too long, or newer ones took its room; "
-                "the same session_id now begins a new one."
+                "The session was forgotten: it was idle for too long, newer ones took its room, or the engine was "
+                "started again; the same session_id now begins a new one."
             )
         raise NotFoundError(f"There is no session {session_id!r}.")
 
@@ -134,9 +134,13 @@ class Sessions:
             if session.turn is not None or (self.clock() - session.used <= self.ttl and not full):
                 return
             self.delete(session_id)
-            self._forgotten[session_id] = None
-            if len(self._forgotten) > self.max_sessions:
-                self._forgotten.popitem(last=False)
+            self.lose([session_id])
+
+    def lose(self, session_ids: Iterable[str]) -> None:
+        """These were of an engine that is gone: `look_up` tells it."""
+        self._forgotten.update((i, None) for i in session_ids if i not in self._sessions)
+        while len(self._forgotten) > self.max_sessions:
+            self._forgotten.popitem(last=False)
 
     def list(self) -> "list[SessionInfo]":
         now = self.clock()

@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import threading
+from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,7 +12,9 @@ from typing import Any, TypeVar
 from starlette.requests import Request
 
 from pagoda.config import ServeConfig
+from pagoda.engine import wire
 from pagoda.engine.client import EngineClient
+from pagoda.engine.sessions import MAX_SESSIONS
 from pagoda.engine.transports import SocketTransport
 from pagoda.errors import EngineDeadError, NotFoundError, OverloadedError, PagodaError
 from pagoda.log import get_logger
@@ -36,6 +39,7 @@ class Backend:
         self._pipe: Pipeline | None = None
         self._transport: SocketTransport | None = None
         self._lock = threading.Lock()
+        self._sessions: OrderedDict[str, None] = OrderedDict()  # that had a turn here
         self._threads = ThreadPoolExecutor(8, thread_name_prefix="pagoda-prepare")
         self._num_preparing = 0
 
@@ -61,6 +65,9 @@ class Backend:
         transport = SocketTransport(address)
         with self._lock:
             self._transport, self.state = transport, "loading"
+            lost = list(self._sessions)
+        if lost:  # the engine tells their clients
+            transport.send(wire.Call(0, "lose_sessions", {"session_ids": lost}))
         try:
             client = EngineClient(transport)
         except PagodaError as error:  # the supervisor tells why
@@ -86,6 +93,19 @@ class Backend:
             pipe.engine.close("The engine's process ended unexpectedly: try again in a moment.")
         elif transport is not None:
             transport.close()
+
+    def remember(self, session: str) -> None:
+        """A session has a turn: should its engine die, the next one will know that it was."""
+        with self._lock:
+            self._sessions[session] = None
+            self._sessions.move_to_end(session)
+            if len(self._sessions) > MAX_SESSIONS:
+                self._sessions.popitem(last=False)
+
+    def forget(self, session: str) -> None:
+        """A session is over."""
+        with self._lock:
+            self._sessions.pop(session, None)
 
     def abort_all(self) -> None:
         """End every open request; the clients are told."""

@@ -97,9 +97,16 @@ async def history_of(backend: Backend, session: str, goes_on: bool) -> int:
     try:
         return len(await backend.call("session_tokens", session_id=session))
     except NotFoundError as error:
+        backend.forget(session)
         if goes_on and isinstance(error, SessionExpiredError):
             raise
         return 0
+
+
+async def end_session(backend: Backend, session: str) -> bool:
+    """Forget a session; False when there is none."""
+    backend.forget(session)
+    return await backend.call("delete_session", session_id=session)
 
 
 async def converse(request: Request, body: InteractiveBody) -> Response:
@@ -122,7 +129,7 @@ async def converse(request: Request, body: InteractiveBody) -> Response:
     history_len = await history_of(backend, session, not ends) if session is not None else 0
     if ends:
         if session is not None and not body.interactive_mode:
-            await backend.call("delete_session", session_id=session)
+            await end_session(backend, session)
         return brief("stop", history_len)
     body.stop = False if body.stop is True else body.stop
     try:
@@ -131,7 +138,10 @@ async def converse(request: Request, body: InteractiveBody) -> Response:
         return brief("length", history_len)
     backend.log_prompt(request, prepared)
     generation = Generation(pipe, copies(prepared, tenant, new_answer_id()), backend.config.request_seconds)
-    if session is not None and not body.interactive_mode:
+    if session is not None and body.interactive_mode:
+        backend.remember(session)
+    elif session is not None:
+        backend.forget(session)
         generation.at_end = lambda: pipe.engine.tell("delete_session", session_id=session)
     return await respond(request, generation, InteractiveWriter(wanted, history_len, generation), body.stream)
 

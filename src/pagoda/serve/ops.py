@@ -17,7 +17,7 @@ from pagoda.serve.backend import Backend
 from pagoda.serve.bodies import AbortBody, DetokenizeBody, SessionFileBody, TokenizeBody, read_body
 from pagoda.serve.documents import documented, failures
 from pagoda.serve.exposition import exposition
-from pagoda.serve.interactive import session_name
+from pagoda.serve.interactive import end_session, session_name
 
 MAX_FILES = 32  # of one key
 FILE_SECONDS = 120.0
@@ -111,7 +111,7 @@ async def sessions(request: Request) -> dict[str, Any]:
 @router.delete("/v1/sessions/{session_id}", summary="Forget a conversation", responses=failures(401, 404, 503))
 async def delete_session(request: Request, session_id: str) -> dict[str, Any]:
     name = session_name(request.state.tenant, session_id)
-    if not await request.app.state.backend.call("delete_session", session_id=name):
+    if not await end_session(request.app.state.backend, name):
         raise NotFoundError(f"There is no session {session_id[:64]!r}.")
     return {"id": session_id, "object": "session", "deleted": True}
 
