@@ -20,6 +20,8 @@ import httpx
 import pytest
 from processes import Server, children
 
+from pagoda.serve.http_process import Pulse
+
 
 @pytest.fixture
 def start() -> Iterator[type[Server]]:
@@ -136,6 +138,55 @@ def test_a_worker_that_dies_is_replaced(start) -> None:
     while (gauges := gauges_of(server))["requests_running"] or gauges["kv_cache_usage"]:
         assert time.monotonic() < until, "its requests run on"
     assert server.http.post("/v1/completions", json={"prompt": "a", "max_tokens": 2}).status_code == 200
+
+
+@pytest.mark.slow
+def test_a_worker_whose_event_loop_hangs_is_replaced(start) -> None:
+    """Also one that hangs while a new engine is on its way."""
+    server = start()
+    for engine_dies in (False, True):
+        worker = children(server.process.pid, "pagoda.serve.worker")[0]
+        endless = {**LONG, "max_tokens": 1000}
+        with (
+            contextlib.suppress(httpx.TransportError),
+            server.http.stream("POST", "/v1/completions", json=endless) as answer,
+        ):
+            news = answer.iter_lines()
+            next(news)
+            os.kill(worker, signal.SIGSTOP)
+            if engine_dies:
+                os.kill(children(server.process.pid, "pagoda.engine.process")[0], signal.SIGKILL)
+            list(news)
+        server.http.close()
+        server.http = httpx.Client(base_url=server.http.base_url, timeout=30)
+        server.until("ready", 200)
+        assert worker not in children(server.process.pid, "pagoda.serve.worker")
+        until = time.monotonic() + 3.0
+        while gauges_of(server)["requests_running"]:
+            assert time.monotonic() < until, "its requests run on"
+    assert server.end()[0] == 0
+
+
+def test_the_beats_of_a_worker() -> None:
+    read, write = os.pipe()
+    now = [0.0]
+    pulse = Pulse(read, lambda: now[0])
+
+    def after(*seconds: float) -> list[bool]:
+        told = []
+        for step in seconds:
+            now[0] += step
+            told.append(pulse.lost())
+        return told
+
+    assert after(*[1.0] * 100) == [False] * 100  # it starts
+    os.write(write, b"..")
+    assert after(*[1.0] * 11) == [False] * 11
+    os.write(write, b".")
+    assert after(1.0, 3600.0, 3600.0) == [False] * 3  # the machine slept
+    assert after(*[1.0] * 7)[-1]
+    os.close(write)
+    os.close(read)
 
 
 @pytest.mark.slow

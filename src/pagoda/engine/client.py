@@ -62,7 +62,8 @@ class Ticket:
 class EngineClient:
     """One program's door to one engine. Safe to use from several threads and event loops."""
 
-    def __init__(self, transport: Transport):
+    def __init__(self, transport: Transport, meanwhile: Callable[[], None] = lambda: None):
+        """Waits until the engine is ready, calling `meanwhile` ten times a second."""
         self._transport = transport
         self._lock = threading.Lock()
         self._tickets: dict[str, Ticket] = {}
@@ -70,7 +71,7 @@ class EngineClient:
         self._seq = itertools.count(1)
         self._death: PagodaError | None = None
         self._closing = False
-        self.info = self._wait_ready()
+        self.info = self._wait_ready(meanwhile)
         self._thread = threading.Thread(target=self._read, name="pagoda-engine-client", daemon=True)
         self._thread.start()
 
@@ -176,8 +177,9 @@ class EngineClient:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _wait_ready(self) -> wire.EngineInfo:
+    def _wait_ready(self, meanwhile: Callable[[], None]) -> wire.EngineInfo:
         while True:
+            meanwhile()
             message = self._transport.receive(0.1)
             if isinstance(message, wire.Ready):
                 return message.info

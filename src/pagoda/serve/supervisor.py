@@ -1,9 +1,7 @@
 """`pagoda serve`: starts the engine and the HTTP processes, watches them, restarts what dies, drains when told."""
 
-import json
 import signal
 import subprocess
-import sys
 import time
 from collections import deque
 from dataclasses import asdict
@@ -18,6 +16,7 @@ from pagoda.errors import ConfigError, EngineDeadError, PagodaError
 from pagoda.log import get_logger
 from pagoda.models.find import resolve_model
 from pagoda.serve.addresses import listen, reachable
+from pagoda.serve.http_process import HttpProcess
 from pagoda.serve.middleware import read_keys
 
 MAX_RESTARTS, RESTART_SECONDS = 3, 600.0
@@ -78,7 +77,7 @@ class Supervisor:
             raise ConfigError(f"Cannot listen on {where} ({error.strerror}): choose another --server-port.") from None
         if (serve.ssl_certfile is None) != (serve.ssl_keyfile is None):
             raise ConfigError("TLS needs both ssl_certfile and ssl_keyfile.")
-        self._workers: list[subprocess.Popen[bytes]] = []
+        self._workers: list[HttpProcess] = []
         self._deaths: deque[float] = deque()
         self._served = False  # an engine of ours has been ready once
         self._client: EngineClient | None = None
@@ -106,30 +105,22 @@ class Supervisor:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         raise Stopped
 
-    def _start_worker(self) -> "subprocess.Popen[bytes]":
-        fd = self._listener.fileno()
-        process = subprocess.Popen(
-            [sys.executable, "-m", "pagoda.serve.worker"],
-            stdin=subprocess.PIPE,
-            pass_fds=[fd],
-            start_new_session=True,  # the terminal's Ctrl-C is for us alone
-        )
-        job = {"model": self.model, "serve": asdict(self.serve), "chat_template": self.chat_template, "fd": fd}
-        _tell(process, job)
-        return process
+    def _start_worker(self) -> HttpProcess:
+        job = {"model": self.model, "serve": asdict(self.serve), "chat_template": self.chat_template}
+        return HttpProcess(self._listener.fileno(), job)
 
     def _tell_all(self, state: str, **more: Any) -> None:
         if state != self._state or more:
             self._state = state
             for worker in self._workers:
-                _tell(worker, {"engine": state, **more})
+                worker.tell({"engine": state, **more})
 
     def _live(self) -> None:
         """One life of the engine."""
         transport = spawn_engine(self.model, self.engine, for_grammars=True)
         self._tell_all("start", address=transport.address)
         try:
-            self._client = EngineClient(transport)
+            self._client = EngineClient(transport, lambda: self._replace_dead_workers(transport.address))
         except BaseException as error:
             transport.close()
             if not (self._served and isinstance(error, PagodaError)):
@@ -163,10 +154,14 @@ class Supervisor:
 
     def _replace_dead_workers(self, address: str) -> None:
         for i, worker in enumerate(self._workers):
-            if worker.poll() is not None:
+            hangs = worker.pulse.lost()
+            if hangs or worker.process.poll() is not None:
+                if hangs:
+                    log.error("the event loop of an HTTP process hangs: it is killed")
+                worker.kill()
                 self._count_death("an HTTP process")
                 self._workers[i] = self._start_worker()
-                _tell(self._workers[i], {"engine": "start", "address": address})
+                self._workers[i].tell({"engine": "start", "address": address})
 
     def _count_death(self, what: str) -> None:
         now = time.monotonic()
@@ -188,11 +183,11 @@ class Supervisor:
         """Workers end by themselves; whatever is left after the grace is killed."""
         self._listener.close()
         for worker in self._workers:
-            worker.terminate()
+            worker.process.terminate()
         until = time.monotonic() + self.serve.drain_seconds + 2.0
         try:
             for worker in self._workers:
-                worker.wait(timeout=max(0.0, until - time.monotonic()))
+                worker.process.wait(timeout=max(0.0, until - time.monotonic()))
         except (subprocess.TimeoutExpired, Stopped):  # out of time, or told twice
             return 1
         return 0
@@ -203,17 +198,6 @@ class Supervisor:
             signal.signal(number, signal.SIG_IGN)
         self._listener.close()
         for worker in self._workers:
-            if worker.poll() is None:
-                worker.kill()
-            worker.wait()
+            worker.kill()
         if self._client is not None:
             self._client.close()
-
-
-def _tell(process: "subprocess.Popen[bytes]", message: dict[str, Any]) -> None:
-    assert process.stdin is not None
-    try:
-        process.stdin.write(json.dumps(message).encode() + b"\n")
-        process.stdin.flush()
-    except BrokenPipeError:  # it died: it will be replaced
-        return

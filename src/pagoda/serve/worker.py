@@ -2,6 +2,7 @@
 standard input; when that ends the supervisor is gone, and so is the worker."""
 
 import asyncio
+import contextlib
 import gc
 import json
 import os
@@ -18,6 +19,7 @@ from pagoda.errors import ConfigError
 from pagoda.serve.app import make_app
 from pagoda.serve.backend import Backend
 from pagoda.serve.bounded_http import BoundedHttp
+from pagoda.serve.http_process import BEAT_SECONDS
 from pagoda.serve.logs import setup_json_logging
 
 LAST_SECONDS = 1.0
@@ -62,6 +64,22 @@ def follow(backend: Backend, lines: Any) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
+async def beat(fd: int) -> None:
+    """Tell the supervisor that this event loop turns."""
+    os.set_blocking(fd, False)
+    while True:
+        with contextlib.suppress(BlockingIOError, BrokenPipeError):  # it does not read, or is gone
+            os.write(fd, b".")
+        await asyncio.sleep(BEAT_SECONDS)
+
+
+async def serve(server: Server, listener: socket.socket, beats: int) -> None:
+    """Until SIGTERM, and the drain."""
+    beating = asyncio.create_task(beat(beats))
+    await server.serve(sockets=[listener])
+    beating.cancel()
+
+
 def main() -> None:
     job = json.loads(sys.stdin.readline())
     config = ServeConfig.from_mapping(job["serve"])
@@ -75,7 +93,7 @@ def main() -> None:
         sys.exit(2)
     gc.freeze()  # full collections leave out what lives as long as the process: the modules
     threading.Thread(target=follow, args=(backend, sys.stdin), daemon=True).start()
-    asyncio.run(server.serve(sockets=[socket.socket(fileno=job["fd"])]))
+    asyncio.run(serve(server, socket.socket(fileno=job["fd"]), job["beats"]))
 
 
 if __name__ == "__main__":
