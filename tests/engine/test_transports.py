@@ -13,6 +13,7 @@ import pytest
 import zmq
 
 from pagoda.engine import wire
+from pagoda.engine.client import EngineClient
 from pagoda.engine.process import SocketServer
 from pagoda.engine.request import EngineRequest, SamplingParams
 from pagoda.engine.transports import SocketTransport
@@ -126,3 +127,21 @@ def test_a_connection_that_breaks_is_told_to_all_who_wait(engines) -> None:
     assert list(outputs)[-1].finish_reason == "error"
     with pytest.raises(EngineDeadError, match="ValueError"):
         engine.call("stats", timeout=5.0)
+
+
+@pytest.mark.timeout(60)
+def test_a_connection_that_breaks_is_hung_up(server: SocketServer, tmp_path: Path, engines, monkeypatch) -> None:
+    """The engine ends what ran for it."""
+    transport, made = SocketTransport(f"ipc://{tmp_path}/engine"), []
+    starter = threading.Thread(target=lambda: made.append(EngineClient(transport)))
+    starter.start()
+    [(sender, _)] = server.poll(5.0)
+    server.send(sender, wire.Ready(engines().info))
+    starter.join()
+    [client] = made
+    monkeypatch.setattr(wire, "decode_from_engine", lambda data: json.loads("no message"))
+    server.send(sender, wire.Answer(1))
+    assert [message for _, message in server.poll(5.0)] == [wire.Leave()]
+    client.wait_dead()
+    assert isinstance(client.dead, EngineDeadError) and not transport.alive()
+    client.close()

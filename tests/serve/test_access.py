@@ -2,17 +2,23 @@
 
 import json
 import logging
+import queue
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import httpx
 import pytest
 from serving import Running, serve
+from starlette.testclient import TestClient
 
-from pagoda import ServeConfig
+from pagoda import EngineConfig, ServeConfig
+from pagoda.engine.client import EngineClient, spawn_engine
 from pagoda.errors import ConfigError
 from pagoda.offline import Pipeline
+from pagoda.serve import backend as backend_module
 from pagoda.serve.app import make_app
 from pagoda.serve.backend import Backend
 from pagoda.serve.middleware import OPEN_PATHS, read_keys
@@ -168,6 +174,31 @@ async def test_without_an_engine_everything_is_503() -> None:
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
         for made in (await http.get("/health"), await http.get("/ready"), await http.post(CHAT, json=HELLO)):
             assert made.status_code == 503 and made.json()["error"]["type"] == "unavailable_error"
+
+
+@pytest.mark.timeout(90)
+def test_a_worker_whose_connection_broke_is_not_ready_and_connects_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = EngineConfig(device="cpu", session_len=256, max_batch_size=2, num_threads=1)
+    engine, backend = spawn_engine("mini", config), Backend("mini", ServeConfig())
+    owner, broken, mended = EngineClient(engine), threading.Event(), threading.Event()
+    monkeypatch.setattr(backend_module, "time", SimpleNamespace(sleep=lambda seconds: mended.wait(30)))
+    app = TestClient(make_app(backend, ServeConfig()))
+    attach, pipes = backend.attach, queue.SimpleQueue()
+    monkeypatch.setattr(backend, "attach", lambda pipe: (attach(pipe), pipes.put(pipe)))
+    backend.follow({"engine": "start", "address": engine.address})
+    pipe = pipes.get(timeout=60)
+    receive = pipe.engine._transport.receive
+    pipe.engine._transport.receive = lambda timeout: json.loads("no message") if broken.is_set() else receive(timeout)
+    assert app.get("/ready").status_code == app.get("/health").status_code == 200
+    broken.set()
+    pipe.engine.wait_dead()
+    backend.follow({"engine": "moving"})
+    assert app.get("/ready").status_code == app.get("/health").status_code == 503
+    mended.set()
+    assert pipes.get(timeout=60) is backend.pipe is not pipe
+    assert app.get("/ready").status_code == 200 and app.post(CHAT, json=HELLO).status_code == 200
+    backend.lose()
+    owner.close()
 
 
 @pytest.mark.timeout(60)

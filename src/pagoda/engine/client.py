@@ -65,7 +65,7 @@ class EngineClient:
     def __init__(self, transport: Transport, meanwhile: Callable[[], None] = lambda: None):
         """Waits until the engine is ready, calling `meanwhile` ten times a second."""
         self._transport = transport
-        self._lock = threading.Lock()
+        self._lock, self._hanging_up = threading.Lock(), threading.Lock()
         self._tickets: dict[str, Ticket] = {}
         self._answers: dict[int, Callable[[Answered], Any]] = {}
         self._seq = itertools.count(1)
@@ -162,12 +162,16 @@ class EngineClient:
         """Why the engine is gone, or None while it lives."""
         return self._death
 
+    def wait_dead(self) -> None:
+        """Block until the engine is gone, or cannot be reached from here any more, or this client is closed."""
+        self._thread.join()
+
     def close(self, reason: str = "The engine was closed.") -> None:
         """End open requests, stop the engine if it is ours, give back its memory. May be called twice."""
         if self._closing:
             return
         self._closing = True
-        self._transport.close()
+        self._hang_up()
         self._thread.join(timeout=10)
         self._die(EngineDeadError(reason))
 
@@ -200,6 +204,11 @@ class EngineClient:
         except Exception as error:
             log.exception("the connection to the engine failed")
             self._die(EngineDeadError(f"The connection to the engine failed ({type(error).__name__}): try again."))
+            self._hang_up()  # the engine ends what ran for us
+
+    def _hang_up(self) -> None:
+        with self._hanging_up:  # one closes at a time
+            self._transport.close()
 
     def _read_on(self) -> None:
         while not self._closing:

@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,7 @@ from pagoda.offline import Pipeline, Prepared
 from pagoda.text.template import template_names
 
 PREPARE_SECONDS = 10.0
+RECONNECT_SECONDS = 0.5
 R = TypeVar("R")
 log = get_logger(__name__)
 
@@ -35,13 +37,23 @@ class Backend:
         self.name = config.model_name or Path(model.rstrip("/")).name
         named = config.model_name if config.model_name in template_names() else None
         self.chat_template = chat_template or named
-        self.state = "loading"
+        self._state = "loading"
         self._pipe: Pipeline | None = None
         self._transport: SocketTransport | None = None
         self._lock = threading.Lock()
         self._sessions: OrderedDict[str, None] = OrderedDict()  # that had a turn here
         self._threads = ThreadPoolExecutor(8, thread_name_prefix="pagoda-prepare")
         self._num_preparing = 0
+
+    @property
+    def state(self) -> str:
+        """See above; an engine that cannot be reached from here is down, whatever the supervisor sees."""
+        broken = self._pipe is not None and self._pipe.engine.dead is not None
+        return "down" if broken and self._state != "draining" else self._state
+
+    @state.setter
+    def state(self, state: str) -> None:
+        self._state = state
 
     @property
     def pipe(self) -> Pipeline:
@@ -60,29 +72,43 @@ class Backend:
         """An engine is ready."""
         self._pipe, self.state = pipe, "ready"
 
-    def connect(self, address: str) -> None:
-        """Wait for the engine at `address`; blocks, and gives up when `lose` is called meanwhile."""
+    def stay_connected(self, address: str) -> None:
+        """`connect`, and again whenever the connection breaks; blocks until `lose` is called."""
+        pipe = self.connect(address)
+        while pipe is not None:
+            pipe.engine.wait_dead()
+            time.sleep(RECONNECT_SECONDS)
+            pipe = self.connect(address, pipe)
+
+    def connect(self, address: str, broken: Pipeline | None = None) -> Pipeline | None:
+        """Wait for the engine at `address`; blocks, and gives up (None) when `lose` is called meanwhile. `broken`: what
+        the new pipeline replaces; None when that was lost already."""
         transport = SocketTransport(address)
         with self._lock:
-            self._transport, self.state = transport, "loading"
+            if broken is not None and self._pipe is not broken:
+                transport.close()
+                return None
+            self._pipe, self._transport, self.state = None, transport, "loading"
             lost = list(self._sessions)
-        if lost:  # the engine tells their clients
+        if lost and broken is None:  # the engine tells their clients
             transport.send(wire.Call(0, "lose_sessions", {"session_ids": lost}))
         try:
             client = EngineClient(transport)
         except PagodaError as error:  # the supervisor tells why
             log.debug("no engine: %s", error)
-            return
+            return None
         try:
             pipe = Pipeline(self.model, chat_template=self.chat_template, engine=client)
             pipe.check_length("")  # reads the vocabulary, which the first request need not wait for
         except Exception as error:  # the engine runs, but nobody can talk to it from here
             log.error("the model's text files cannot be read: %s", error)
             client.close()
-            return
+            return None
         with self._lock:
-            if self._transport is transport:
-                self.attach(pipe)
+            if self._transport is not transport:
+                return None
+            self.attach(pipe)
+        return pipe
 
     def lose(self) -> None:
         """The engine is gone: open requests end with an error."""
@@ -115,7 +141,7 @@ class Backend:
     def follow(self, event: dict[str, Any]) -> None:
         """One message of the supervisor."""
         if event["engine"] == "start":
-            threading.Thread(target=self.connect, args=(event["address"],), daemon=True).start()
+            threading.Thread(target=self.stay_connected, args=(event["address"],), daemon=True).start()
         elif event["engine"] == "down":
             self.lose()
         elif self._pipe is not None:

@@ -73,7 +73,9 @@ class Replica:
         self._running: set[asyncio.Task[None]] = set()
 
     def check_health(self) -> None:
-        """Ray replaces a replica whose engine is dead or does not answer."""
+        """Ray replaces a replica whose engine is dead, does not answer, or cannot be reached by the application."""
+        if (why := self._backend.pipe.engine.dead) is not None:
+            raise why
         self._client.call("ping", timeout=20.0)
 
     async def answer(self, request: dict[str, Any], body: bytes, **_: Any) -> AsyncIterator[bytes]:
