@@ -8,6 +8,7 @@ Token ids in and out, greedy, end of sequence ignored, medians of repeated runs 
 """
 
 import argparse
+import gc
 import random
 import statistics
 import time
@@ -124,6 +125,8 @@ def main() -> None:
     started = time.perf_counter()
     with start_engine(args.workspace or folder, config) as engine:
         ready = time.perf_counter() - started
+        gc.collect()
+        gc.freeze()  # as an engine in a process of its own does
         print("\n".join(engine.info.report), flush=True)
         race = Race(engine, limits, record)
         for workload in args.workloads.split(","):

@@ -49,9 +49,14 @@ def test_banned_and_tied_tokens(device):
 @pytest.mark.parametrize("filters", [False, True])
 def test_rows_that_hold_no_number_have_no_token(device, filters):
     logits_RV, *state = arguments(device, 300, 2.0, 6)
-    for poison in (-torch.inf, torch.nan, torch.inf):
+    for poison, where in (
+        (-torch.inf, slice(None)),
+        (torch.nan, slice(None)),
+        (torch.inf, slice(None)),
+        (torch.nan, 17),
+    ):
         poisoned_RV = logits_RV.clone()
-        poisoned_RV[1::2] = poison
+        poisoned_RV[1::2, where] = poison
         token_R = choose_tokens_triton(poisoned_RV, *state, filters, 256, 512)
         assert (token_R[1::2] == -1).all() and ((token_R[::2] >= 0) & (token_R[::2] < 300)).all()
         assert torch.equal(token_R, choose_tokens_reference(poisoned_RV, *state, filters))

@@ -82,7 +82,6 @@ class EngineLoop:
     def run(self) -> bool:
         """Work until stopped. Whatever goes wrong, every open request gets its end and all memory is given back.
         Returns whether it ended in order."""
-        gc.freeze()  # else each full collection walks through all modules, for a tenth of a second without a token
         try:
             while not self._stopping:
                 busy = self._scheduler.has_work or bool(self._flights)
@@ -103,7 +102,6 @@ class EngineLoop:
             self._tell_all(wire.Dead(("EngineDeadError", f"The engine failed: {why}")))
             return False
         finally:
-            gc.unfreeze()
             self._workers.close()
 
     def _step(self) -> None:
@@ -368,6 +366,8 @@ def main() -> None:
         sys.exit(error.exit_code)
     signal.signal(signal.SIGTERM, lambda *_: loop.stop())
     loop.connect(server.poll, server.send)
+    gc.collect()
+    gc.freeze()  # else each full collection walks through all modules, for a tenth of a second without a token
     in_order = loop.run()
     server.close()
     if os.getppid() != server.parent:

@@ -326,11 +326,10 @@ def greedy_over_ranks(part_RV: torch.Tensor, state: SamplingState, group: Group)
         part_RV = part_RV[:, :num_real]
     index_R = argmax(part_RV, state.arrivals_S, state.early_launch)
     index_R1 = index_R[:, None]
-    none_R1 = (
-        index_R1 < 0
-    )  # scalars for these rows: a tensor of constants would come from the host, which no graph may hold
-    value_R1 = torch.where(none_R1, torch.inf, part_RV.gather(1, index_R1.clamp(min=0)))
-    mine_R2 = torch.cat([value_R1, torch.where(none_R1, -1.0, (index_R1 + start).float())], 1)  # exact below 2^24
+    none_R1 = index_R1 < 0
+    value_R1 = part_RV.gather(1, index_R1.clamp(min=0)).masked_fill_(none_R1, torch.inf)
+    id_R1 = (index_R1 + start).float().masked_fill_(none_R1, -1.0)  # exact below 2^24
+    mine_R2 = torch.cat([value_R1, id_R1], 1)
     if num_real <= 0:
         mine_R2 = torch.full_like(mine_R2, -torch.inf)
     all_NR2 = group.all_gather(mine_R2[None], 0)

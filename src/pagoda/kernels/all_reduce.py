@@ -79,12 +79,11 @@ def _closed(first, second, KIND: tl.constexpr):
 
 @jit
 def _send(address, packet, ok, NATIVE: tl.constexpr):
-    """Two packets in one store; those of other threads need not be seen in any order."""
+    """Each packet in a store of its own, whatever neighbours a thread has; they need not be seen in any order."""
     if NATIVE:
         tl.inline_asm_elementwise(
-            "{ .reg .pred p; setp.ne.s32 p, $6, 0; @p st.relaxed.sys.global.v2.b64 [$2], {$4, $5};"
-            " mov.u32 $0, 0; mov.u32 $1, 0; }",
-            "=r,=r,l,l,l,l,r,r", [address.to(tl.int64), packet, ok.to(tl.int32)], tl.int32, False, 2,
+            "{ .reg .pred p; setp.ne.s32 p, $3, 0; @p st.relaxed.sys.global.b64 [$1], $2; mov.u32 $0, 0; }",
+            "=r,l,l,r", [address.to(tl.int64), packet, ok.to(tl.int32)], tl.int32, False, 1,
         )  # fmt: skip
     else:
         tl.store(address, packet, mask=ok)
@@ -184,8 +183,9 @@ class OneShot:
         return cls(rank, peer_N, max_bytes, (buffer, handle))
 
     def works(self) -> bool:
-        """Whether sums are right on this machine, in both slots, short and as long as they may be; a collective."""
-        for num_bytes in (4096, 4096, self.max_bytes):
+        """Whether sums are right on this machine, in both slots, of odd lengths, short and as long as they may be; a
+        collective."""
+        for num_bytes in (4096, 4096, 16, 80, 4000, self.max_bytes):
             x = torch.full((num_bytes // 4,), self.rank + 1.0, device=self._peer_N.device)
             self.sum_(x, patience=PATIENCE)
             if not bool((x == self.size * (self.size + 1) / 2).all()):

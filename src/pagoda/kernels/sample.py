@@ -115,7 +115,8 @@ def _parts_kernel(
         noisy = score + _gumbel_kernel(first, second, token)
     out = row * tl.num_programs(1) + part
     tl.store(winner_ptr + out, part * PART + tl.argmax(noisy, 0))
-    tl.store(part_ptr + out * 3, tl.max(noisy, 0))
+    some_nan = tl.sum((noisy != noisy).to(tl.int32), 0) > 0  # which a maximum passes over
+    tl.store(part_ptr + out * 3, tl.where(some_nan, float("inf"), tl.max(noisy, 0)))
     if FILTERS:
         best = tl.max(score, 0)
         tl.store(part_ptr + out * 3 + 1, best)

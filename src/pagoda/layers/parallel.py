@@ -68,15 +68,10 @@ class Group:
         if not self._on_one_host():
             self._way = "NCCL sums everything: the ranks are not on one machine"
             return
-        opened, why = None, "a test of it gave wrong sums"
+        opened, why = None, "a test of it gave wrong sums, or another rank could not open it"
         try:
             opened = OneShot.open(self._ranks, self._device)
-        except (
-            RuntimeError,
-            ImportError,
-            AttributeError,
-            TypeError,
-        ) as error:  # torch's API is alpha
+        except (RuntimeError, ImportError, AttributeError, TypeError) as error:  # torch's API is alpha
             why = str(error).split("\n")[0]
         if self.smallest(int(opened is not None)) and opened and self.smallest(int(opened.works())):
             self._one_shot = opened

@@ -91,6 +91,7 @@ def main() -> None:
     except (ConfigError, OSError) as error:
         print(f"pagoda: {error}", file=sys.stderr)
         sys.exit(2)
+    gc.collect()
     gc.freeze()  # full collections leave out what lives as long as the process: the modules
     threading.Thread(target=follow, args=(backend, sys.stdin), daemon=True).start()
     asyncio.run(serve(server, socket.socket(fileno=job["fd"]), job["beats"]))
