@@ -25,6 +25,14 @@ from pagoda.serve.middleware import OPEN_PATHS, read_keys
 
 CHAT = "/v1/chat/completions"
 HELLO = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+PREPARING = {
+    "/tokenize": {"prompt": "a"},
+    "/detokenize": {"tokens": [5]},
+    "/v1/encode": {"input": "a"},
+    "/v1/sessions/save": {"name": "a"},
+    "/v1/sessions/restore": {"name": "a"},
+}
+"""Routes that use the threads of preparation beside those that generate."""
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +123,10 @@ def test_a_key_has_its_share(locked: Running) -> None:
     ):
         assert first.status_code == second.status_code == 200
         third = locked.http.post(CHAT, json=HELLO, headers=key("sk-one"))
+        for path, body in PREPARING.items():
+            refused = locked.http.post(path, json=body, headers=key("sk-one"))
+            assert refused.status_code == 429, f"{path} is open beyond the key's share"
+            assert locked.http.post(path, json=body, headers=key("sk-two")).status_code in (200, 400)
     assert third.status_code == 429 and int(third.headers["retry-after"]) >= 1
     assert third.json()["error"]["type"] == "rate_limit_error"
 
@@ -125,6 +137,8 @@ def test_a_full_server_says_so_at_once(mini: Pipeline) -> None:
     type(server.backend).max_open, kept = property(lambda self: 0), type(server.backend).max_open
     try:
         made = server.http.post(CHAT, json=HELLO)
+        for path, body in PREPARING.items():
+            assert server.http.post(path, json=body).status_code == 503, path
     finally:
         type(server.backend).max_open = kept
         running.close()

@@ -1,4 +1,4 @@
-"""Prompts are prepared by few threads, for a bounded time, and few wait for them."""
+"""Prompts are prepared by few threads, for a bounded time."""
 
 import asyncio
 import threading
@@ -13,7 +13,6 @@ from pagoda.serve.backend import Backend
 
 def test_wedged_threads_cost_nobody_more_than_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend_module, "PREPARE_SECONDS", 0.3)
-    monkeypatch.setattr(Backend, "max_open", 12)
     backend, go_on, began = Backend("mini", ServeConfig()), threading.Event(), []
 
     def wedge(name: int) -> None:
@@ -21,9 +20,8 @@ def test_wedged_threads_cost_nobody_more_than_the_deadline(monkeypatch: pytest.M
         go_on.wait(30)
 
     async def scene() -> None:
-        ends = await asyncio.gather(*(backend.prepare(wedge, i) for i in range(14)), return_exceptions=True)
+        ends = await asyncio.gather(*(backend.prepare(wedge, i) for i in range(12)), return_exceptions=True)
         assert all(isinstance(end, OverloadedError) for end in ends)
-        assert ["the most allowed" in str(end) for end in ends] == [False] * 12 + [True] * 2
         go_on.set()
         assert await backend.prepare(lambda: "fine") == "fine"
 

@@ -43,7 +43,6 @@ class Backend:
         self._lock = threading.Lock()
         self._sessions: OrderedDict[str, None] = OrderedDict()  # that had a turn here
         self._threads = ThreadPoolExecutor(8, thread_name_prefix="pagoda-prepare")
-        self._num_preparing = 0
 
     @property
     def state(self) -> str:
@@ -160,21 +159,15 @@ class Backend:
             log.info("prompt", extra={"fields": {"request_id": request.state.request_id, "prompt": text}})
 
     async def prepare(self, work: Callable[..., R], *arguments: Any) -> R:
-        """Run templates, tokenization and grammars in one of eight threads, with a deadline; no more wait for these
-        threads than may be open. A thread that is past the deadline goes on until its work's own limits end it:
-        templates have a time limit, texts and grammars one of size. What had not begun never will."""
-        if self._num_preparing >= self.max_open:
-            raise OverloadedError(
-                f"{self._num_preparing} prompts are being prepared, the most allowed: try again later."
-            )
-        self._num_preparing += 1
+        """Run templates, tokenization and grammars in one of eight threads, with a deadline. The routes that ask are
+        the guard's `LIMITED` ones, so no more wait for these threads than may be open. A thread that is past the
+        deadline goes on until its work's own limits end it: templates have a time limit, texts and grammars one of
+        size. What had not begun never will."""
         running = asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
         try:
             return await asyncio.wait_for(running, PREPARE_SECONDS)
         except asyncio.TimeoutError:
             raise OverloadedError(f"The prompt was not prepared within {PREPARE_SECONDS:g} s.") from None
-        finally:
-            self._num_preparing -= 1
 
     async def call(self, verb: str, timeout: float = 10.0, **arguments: Any) -> Any:
         """Ask the engine."""

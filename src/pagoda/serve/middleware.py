@@ -31,7 +31,11 @@ OPEN_PATHS = frozenset(
     ("/", "/docs", "/openapi.json", "/health", "/ready", "/docs-assets/swagger-ui.css", "/docs-assets/swagger-ui.js")
 )
 """The only paths that need no key."""
-GENERATING = frozenset(("/v1/chat/completions", "/v1/completions", "/v1/chat/interactive", "/generate"))
+LIMITED = frozenset(
+    ("/v1/chat/completions", "/v1/completions", "/v1/chat/interactive", "/generate", "/v1/encode", "/tokenize")
+    + ("/detokenize", "/v1/sessions/save", "/v1/sessions/restore")
+)
+"""The paths that prepare prompts, generate or write files: of these, and of each key's, so many may be open."""
 PROBES = frozenset(("/health", "/ready", "/metrics"))
 log = get_logger(__name__)
 
@@ -104,7 +108,7 @@ class Guard:
             if self.keys and path not in OPEN_PATHS:
                 tenant = scope["state"]["tenant"] = self._tenant(headers)
             self._check_length(headers.get("content-length", "0"))
-            counted = path in GENERATING
+            counted = path in LIMITED
             if counted:
                 self._check_room(tenant)
         except PagodaError as error:
