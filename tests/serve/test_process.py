@@ -111,6 +111,26 @@ def test_mistakes_are_one_sentence(words: str, about: str) -> None:
     assert made.returncode == 2 and about in made.stderr and made.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_sigterm_while_the_engine_loads(again: bool) -> None:
+    """Once, or again and again until it is over."""
+    command = [sys.executable, "-m", "pagoda.cli.main", "serve", "mini", "--server-port", "0"]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (engine := children(server.pid, "pagoda.engine.process")):
+        assert server.poll() is None
+    all_of_them = [*engine, *children(server.pid, "pagoda.serve.worker")]
+    server.terminate()
+    until = time.monotonic() + 15.0
+    while server.poll() is None:
+        assert time.monotonic() < until, "it does not end"
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            server.wait(0.02)
+        if again:
+            server.terminate()
+    assert server.returncode in ((0, 1) if again else (0,))
+    assert len(all_of_them) == 2 and not any(Path(f"/proc/{pid}").exists() for pid in all_of_them)
+
+
 @pytest.mark.slow
 def test_an_engine_that_stands_still_is_told(start) -> None:
     server = start()

@@ -1,7 +1,6 @@
 """`pagoda serve`: starts the engine and the HTTP processes, watches them, restarts what dies, drains when told."""
 
 import signal
-import subprocess
 import time
 from collections import deque
 from dataclasses import asdict
@@ -81,6 +80,8 @@ class Supervisor:
         self._deaths: deque[float] = deque()
         self._served = False  # an engine of ours has been ready once
         self._client: EngineClient | None = None
+        self._transport: SocketTransport | None = None
+        self._told = self._told_twice = False  # to stop
         self._state = ""
 
     @property
@@ -103,7 +104,8 @@ class Supervisor:
             self._end()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        raise Stopped
+        """Only noted: raised amid the start of a process, it would leave that alone in the world."""
+        self._told, self._told_twice = True, self._told
 
     def _start_worker(self) -> HttpProcess:
         job = {"model": self.model, "serve": asdict(self.serve), "chat_template": self.chat_template}
@@ -117,14 +119,14 @@ class Supervisor:
 
     def _live(self) -> None:
         """One life of the engine."""
-        transport = spawn_engine(self.model, self.engine, for_grammars=True)
+        transport = self._transport = spawn_engine(self.model, self.engine, for_grammars=True)
         self._tell_all("start", address=transport.address)
         try:
-            self._client = EngineClient(transport, lambda: self._replace_dead_workers(transport.address))
-        except BaseException as error:
-            transport.close()
-            if not (self._served and isinstance(error, PagodaError)):
+            self._client = EngineClient(transport, lambda: self._look_around(transport.address))
+        except PagodaError as error:
+            if not self._served:
                 raise  # the first start: what is wrong is the user's to mend
+            transport.close()
             log.error("the engine could not start again: %s", error)
             self._tell_all("down")
             return self._count_death("the starting engine")
@@ -141,7 +143,7 @@ class Supervisor:
         watch, looked = Watch(client, transport.process.pid), time.monotonic()
         while client.dead is None:
             time.sleep(0.05)
-            self._replace_dead_workers(transport.address)
+            self._look_around(transport.address)
             if time.monotonic() - looked < PING_SECONDS:
                 continue
             moving, silent = watch.look()
@@ -152,7 +154,10 @@ class Supervisor:
                 log.error("the engine has not answered for %.0f s: it is killed", silent)
                 transport.process.kill()
 
-    def _replace_dead_workers(self, address: str) -> None:
+    def _look_around(self, address: str) -> None:
+        """Replace the HTTP processes that died. Raises `Stopped`."""
+        if self._told:
+            raise Stopped
         for i, worker in enumerate(self._workers):
             hangs = worker.pulse.lost()
             if hangs or worker.process.poll() is not None:
@@ -185,11 +190,10 @@ class Supervisor:
         for worker in self._workers:
             worker.process.terminate()
         until = time.monotonic() + self.serve.drain_seconds + 2.0
-        try:
-            for worker in self._workers:
-                worker.process.wait(timeout=max(0.0, until - time.monotonic()))
-        except (subprocess.TimeoutExpired, Stopped):  # out of time, or told twice
-            return 1
+        while any(worker.process.poll() is None for worker in self._workers):
+            if time.monotonic() > until or self._told_twice:
+                return 1
+            time.sleep(0.02)
         return 0
 
     def _end(self) -> None:
@@ -199,5 +203,6 @@ class Supervisor:
         self._listener.close()
         for worker in self._workers:
             worker.kill()
-        if self._client is not None:
-            self._client.close()
+        for ours in (self._client, self._transport):
+            if ours is not None:
+                ours.close()
