@@ -4,6 +4,7 @@ import json
 import time
 from pathlib import Path
 
+import jinja2
 import pytest
 
 from pagoda.errors import TemplateError
@@ -182,19 +183,50 @@ ENDLESS = [
     "{{ 9**9**9 }}",
     "{% set n = namespace(x=9) %}{% for a in range(99) %}{% set n.x = n.x * n.x %}{% endfor %}",
     "{% set x = 'a' * 10**12 %}",
-]
+    "{% for a in m %}{% for b in m %}{% for c in m %}{% for d in m %}{% endfor %}{% endfor %}{% endfor %}{% endfor %}",
+    "{% for a in m %}{% for b in m %}{% for c in m %}{{ loop.length if 0 }}{% endfor %}{% endfor %}{% endfor %}",
+    "{% set _until = 10**9 %}{% for a in range(9999) %}{% for b in range(9999) %}{{ 1 if 0 }}{% endfor %}{% endfor %}",
+    "{% set n = namespace(x='abcdefgh') %}{% for a in range(30) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+    "{% set n = namespace(x='abcdefgh') %}{% for a in range(30) %}{% set n.x = n.x + n.x %}{% endfor %}",
+    "{% set n = namespace(x='a,') %}{% for a in range(30) %}{% set n.x = n.x|replace('a', 'aaaaaaaa') %}{% endfor %}",
+    "{% set n = namespace(x='a,') %}{% for a in range(30) %}{% set n.x = n.x.replace('a', 'aaaaaaaa') %}{% endfor %}",
+    "{% set x = ['a' * 10**6] * 1000 %}{{ x|join|length }}",
+    "{% set x = ['a' * 10**6] * 1000 %}{{ ''.join(x)|length }}",
+    *(f"{{{{ ({made})|string|length }}}}" for made in (
+        "'%0300000000d' % 1", "'%(a(b))300000000s' % {'a(b)': 1}", "'%*d' % (300000000, 1)", "'%.300000000f' % 1.5",
+        "'%300000000d'|format(1)", "'{:300000000}'.format(1)", "'{:{}}'.format(1, 300000000)",
+        "'{a:300000000}'.format_map({'a': 1})", "'a'|center(300000000)", "'a'|center(width=300000000)",
+        "'a'.center(300000000)", "'a'.ljust(300000000)", "'a'.zfill(300000000)", "'\\t'.expandtabs(300000000)",
+        "'a\\nb'|indent(300000000)", "'a b'|wordwrap(1, true, 'x' * 10**7)", "[1]|batch(300000000, 0)|first",
+        "1|round(300000000, 'ceil')", "[1]|tojson(indent=300000000)", "'%s' * 1000 % (('a' * 10**6,) * 1000)",
+    )),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("source", ENDLESS)
 def test_a_template_ends_in_time(source, monkeypatch):
     monkeypatch.setattr(template_module, "MAX_SECONDS", 0.2)
     started = time.monotonic()
-    with pytest.raises(TemplateError):
-        ChatTemplate("evil", source, Marks()).render(CHAT)
+    with pytest.raises(TemplateError, match="took longer|too large|recursion"):
+        ChatTemplate("evil", source, Marks()).render(CHAT, m=[0] * 900)
     assert time.monotonic() - started < 2
     assert (
         ChatTemplate("good", "{{ 3 * 4 }}{{ '-' * 3 }}{{ 2 ** 3 }}{{ 0.5 * 3 }}", Marks()).render(CHAT) == "12---81.5"
     )
+
+
+def test_values_are_made_as_jinja_makes_them():
+    """The bounds change nothing that is small; plain Jinja is the reference."""
+    source = """{% for m in messages if m.content != 'hello' %}{{ loop.index ~ '/' ~ loop.length ~ m.no ~ loop.last }};
+    {%- else %}none{% endfor %}{% for x in [] %}{% else %}none{% endfor %}{{ 'a' + 'b' }}{{ [1] + [2] }}{{ 1 + 2.5 }}
+    {{ 7 % 4 }}{{ '%s of %(a)s' if 0 }}{{ '%5d|%-4s|%.2f' % (3, 'x', 1.5) }}{{ '%(k)s' % {'k': 1} }}{{ '**%s**' % 'b' }}
+    {{ 'x'|center(5) }}{{ 'x\ny'|indent(2, true) }}{{ '%s!'|format('a') }}{{ 'aXa'|replace('a', 'bb') }}
+    {{ [1, 2]|join(', ') }}{{ messages|join('+', attribute='role') }}{{ messages|map(attribute='role')|join }}
+    {{ '-'.join(['a', 'b']) }}{{ '{:>4}{a}'.format(1, a=2) }}{{ 1.256|round(2) }}{{ [1, 2, 3]|batch(2, 0)|list }}
+    {{ 'a b c'|wordwrap(2) }}{{ none ~ true ~ 1.0 }}{{ 'ab'.replace('', '-') }}{{ 'a\tb'.expandtabs() }}
+    {%- for x in [[1, [2]]] recursive %}{{ loop.depth }}{{ loop(x) if x is not number }}{% endfor %}"""
+    plain = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(source).render(messages=CHAT)
+    assert ChatTemplate("t", source, Marks()).render(CHAT) == plain
 
 
 def test_generation_tag_loop_controls_and_json():

@@ -1,12 +1,11 @@
 """Messages become one prompt text: by the checkpoint's Jinja template in a sandbox, or by a format that is named.
 
-A template is data from a stranger: it runs in Jinja's immutable sandbox, sees plain values only, and its output is
-capped. Requests never bring templates of their own.
+A template is data from a stranger: it runs in Jinja's immutable sandbox, sees plain values only, and its output and
+time are capped (`sandbox` says what is not). Requests never bring templates of their own.
 """
 
 import datetime
 import json
-import math
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -16,17 +15,16 @@ from typing import Any
 
 import jinja2
 from jinja2.ext import Extension, loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from pagoda.errors import TemplateError, TokenizerError
 from pagoda.text.named_templates import NAMED, TEMPLATES, NamedTemplate
+from pagoda.text.sandbox import MAX_SECONDS, UNTIL, Sandbox, check_time
 from pagoda.text.tokenizer import Tokenizer
 from pagoda.text.tokenizer_files import read_json
 
 MAX_MESSAGES = 2048
 MAX_OUTPUT_CHARS = 16 << 20
 MAX_KWARGS_BYTES = 8 << 10
-MAX_SECONDS = 5.0
 RESERVED = ("messages", "tools", "add_generation_prompt", "bos_token", "eos_token", "chat_template", "f")
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>", "<eoa>", "<|action_end|>")
 """Tokens that end an assistant's turn in the templates where they occur, whatever the generation config says."""
@@ -41,28 +39,6 @@ class GenerationTag(Extension):
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return jinja2.nodes.Scope(body).set_lineno(line)
-
-
-class Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja's immutable sandbox, where in addition calls (and so inner loops) end at the time `_until` of the values,
-    and products and powers are bounded."""
-
-    intercepted_binops = frozenset(("*", "**"))
-
-    def call(self, context: Any, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
-        check_time(context.get("_until", math.inf))
-        return super().call(context, obj, *args, **kwargs)
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        sizes = [len(value) if hasattr(value, "__len__") else abs(value) for value in (left, right)]
-        if (max(sizes) if operator == "**" else sizes[0] * sizes[1]) > (1024 if operator == "**" else MAX_OUTPUT_CHARS):
-            raise TemplateError("The chat template multiplies to numbers or texts that are too large.")
-        return super().call_binop(context, operator, left, right)
-
-
-def check_time(until: float) -> None:
-    if time.monotonic() > until:
-        raise TemplateError(f"The chat template took longer than {MAX_SECONDS:g} s.")
 
 
 def _raise_exception(message: str) -> None:
@@ -83,6 +59,7 @@ def compile_template(source: str) -> jinja2.Template:
     """A sandboxed template with the settings that checkpoints rely on; `TemplateError` when its syntax is wrong."""
     environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, loopcontrols])
     environment.filters["tojson"] = _tojson
+    environment.bound_filters()
     environment.globals |= {
         "raise_exception": _raise_exception,
         "strftime_now": _strftime_now,
@@ -181,7 +158,7 @@ class ChatTemplate:
         pieces: list[str] = []
         left, until = MAX_OUTPUT_CHARS, time.monotonic() + MAX_SECONDS
         try:
-            for piece in self._compiled.generate({**values, "_until": until}):
+            for piece in self._compiled.generate({**values, UNTIL: until}):
                 check_time(until)
                 pieces.append(piece)
                 left -= len(piece)
