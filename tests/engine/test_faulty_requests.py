@@ -22,6 +22,52 @@ def last(engine, request_id, prompt, **params):
     return list(engine.submit(EngineRequest(request_id, prompt, SamplingParams(**{**COLD, **params}))))
 
 
+def broken(model: Path, place: Path, token: int) -> Path:
+    """The model with an embedding of one token that is no number."""
+    folder = shutil.copytree(model, place / "broken")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.embed_tokens.weight"][token] = float("nan")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def run_to_end(loop, requests) -> dict[str, tuple]:
+    """Why each request ended, with which tokens."""
+    outputs = {request.id: [] for request in requests}
+    loop.connect(None, lambda _, message: [outputs[o.id].append(o) for o in message.outputs])
+    for request in requests:
+        loop._submit(b"", request)
+    while loop._scheduler.has_work or loop._flights:
+        loop._step()
+    return {i: (all_[-1].finish_reason, [t for o in all_ for t in o.token_ids]) for i, all_ in outputs.items()}
+
+
+@pytest.mark.parametrize("quant_policy", ["none", "int8", "int4"])
+def test_blocks_of_a_request_that_left_before_its_error_showed_harm_nobody(tiny_llama, tmp_path, quant_policy) -> None:
+    """Prompts whose keys and values are NaN are aborted between their chunks; others get their blocks. All blocks are
+    taken by the former and then by the latter."""
+    poison = 299
+    config = EngineConfig(
+        device="cpu", session_len=128, max_batch_size=4, cache_block_seq_len=16, cache_max_entry_count=16,
+        max_prefill_token_num=24, quant_policy=quant_policy,
+    )  # fmt: skip
+    params = SamplingParams(temperature=0.0, max_tokens=20, bad_words=((poison,),))
+    clean = [EngineRequest(f"good{i}", list(range(5 + i, 12 + 8 * i)), params) for i in range(4)]
+    folder = broken(tiny_llama, tmp_path, poison)
+    loop = build_engine(folder, config)
+    wanted = run_to_end(loop, clean)
+    loop._workers.close()
+    loop = build_engine(folder, config)
+    for i in range(4):
+        loop._scheduler.add(EngineRequest("bad", [poison, 7 + i] * 56, params))
+        for _ in range(4):
+            loop._step()
+        assert loop._scheduler.abort("bad") is not None
+    assert run_to_end(loop, clean) == wanted
+    assert {reason for reason, _ in wanted.values()} == {"length"}
+    loop._workers.close()
+
+
 @pytest.mark.parametrize("knobs", [{}, {"speculative_ngram": 3}])
 @pytest.mark.parametrize("params", [{}, {"temperature": 1.0, "seed": 1}, {"logprobs": 2, "frequency_penalty": 0.5}])
 def test_scores_that_are_no_numbers_end_the_request(tiny_llama: Path, tmp_path: Path, params, knobs) -> None:
@@ -32,11 +78,7 @@ def test_scores_that_are_no_numbers_end_the_request(tiny_llama: Path, tmp_path: 
     with start_engine(tiny_llama, config) as engine:
         whole = [t for output in last(engine, "good", good, **params) for t in output.token_ids]
     poison = next(token for token in range(7, 300) if token not in whole)
-    folder = shutil.copytree(tiny_llama, tmp_path / "broken")
-    weights = load_file(folder / "model.safetensors")
-    weights["model.embed_tokens.weight"][poison] = float("nan")
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    with start_engine(folder, config) as engine:
+    with start_engine(broken(tiny_llama, tmp_path, poison), config) as engine:
         ticket = engine.submit(EngineRequest("good", good, SamplingParams(**{**COLD, **params})))
         [end] = last(engine, "bad", [5, poison, *good], **params)
         assert (end.finish_reason, end.token_ids) == ("error", []) and "finite" in str(end.error)

@@ -32,6 +32,8 @@ def test_padding_and_blocks_on_a_cpu() -> None:
     lens = [1024, 1100]
     q, cache, start, kv_len, table = case("cpu", torch.float32, lens, 4, 2, 16)
     wanted = prefill_attention_reference(q, cache, start, kv_len, table, max(lens), 0.25)
+    for x in (cache.k, cache.v):
+        x[table[1, 17].item(), :, 1100 % 64 :] = torch.nan  # past the end
     got = torch.full_like(q, torch.nan)
     fresh = fresh_rows([(0, n) for n in lens])
     library_attention(q, cache, table, fresh, 0.25, got, SDPBackend.MATH)

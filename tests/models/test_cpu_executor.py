@@ -183,6 +183,22 @@ def test_unwritten_tokens_and_empty_rows_are_harmless():
     assert out.isfinite().all()
 
 
+@pytest.mark.parametrize("variant", usable_variants())
+@pytest.mark.parametrize("quant_policy", ["none", "int8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_a_block_held_before_has_no_effect(variant, quant_policy, dtype):
+    """Even if it is no number."""
+    spec = tiny_spec(windows=(0, 30))
+    program = tiny_program(spec, dtype)
+    new, used = (executor(program, config(quant_policy=quant_policy), dtype, variant=variant) for _ in range(2))
+    for part in used.cache:
+        part.fill_(torch.nan) if part.is_floating_point() else part.random_(-127, 128)
+    for rows in [[(0, 37), (0, 1)], [(37, 1), (1, 1)], [(38, 21), (2, 1)], [(59, 90), (3, 1)], [(149, 1), (4, 30)]]:
+        step = make_step(rows, spec.vocab_size)
+        wanted = new.forward(step)
+        assert wanted.isfinite().all() and torch.equal(used.forward(step), wanted)
+
+
 def test_int8_cache_is_close_to_a_float_one():
     spec = tiny_spec(num_heads=8, num_kv_heads=2, head_dim=64, attn_scale=0.125)
     program = tiny_program(spec)

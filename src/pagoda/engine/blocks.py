@@ -22,7 +22,6 @@ class BlockPool:
         self._cache = cache
         self._refs = [0] * num_blocks
         self._free: OrderedDict[int, None] = OrderedDict((b, None) for b in range(1, num_blocks))
-        self._spoilt: list[int] = []
 
     @property
     def num_free(self) -> int:
@@ -48,16 +47,11 @@ class BlockPool:
                 del self._free[block]
             self._refs[block] += 1
 
-    def spoil(self, blocks: list[int]) -> None:
-        """These blocks of one table may hold what is no number: nobody finds them again, and those that are nobody
-        else's are cleared before the next step."""
+    def forget(self, blocks: list[int]) -> None:
+        """Nobody finds these blocks again, for what they hold may be no number. Who gets them anew writes what it
+        reads: no attention takes anything from the tokens past the end of a sequence."""
         for block in blocks:
             self._cache.forget(block)
-        self._spoilt += [block for block in blocks if self._refs[block] == 1]
-
-    def take_spoilt(self) -> list[int]:
-        spoilt, self._spoilt = self._spoilt, []
-        return spoilt
 
     def release(self, blocks: list[int]) -> None:
         """Drop one reference to each block of one table. Its end is freed first, so that beginnings, which more

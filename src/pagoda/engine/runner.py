@@ -142,8 +142,6 @@ class Runner:
     @torch.inference_mode()
     def launch(self, schedule: Schedule, mask_LW: np.ndarray | None = None) -> None:
         """Enqueue one step. `mask_LW`: packed grammar bitmasks beside the sampling positions (int32)."""
-        if schedule.cleared:
-            self.executor.clear_blocks(schedule.cleared)
         self.batch.apply(schedule)
         if schedule.inits:
             self._inits.update((init.slot, init) for init in schedule.inits)

@@ -45,7 +45,7 @@ class Row(Struct, gc=False):
 
 
 class Schedule(Struct):
-    """One step. Apply in this order: `cleared` blocks become zeros, `freed` slots, `inits`, `block_updates` (slot,
+    """One step. Apply in this order: `freed` slots, `inits`, `block_updates` (slot,
     index in the slot's table, block), then run `rows`: those with `tokens` None first. `needs_masks`: a row that
     samples belongs to a request with a grammar (all its earlier tokens have been digested)."""
 
@@ -54,7 +54,6 @@ class Schedule(Struct):
     inits: list[SlotInit] = []
     block_updates: list[tuple[int, int, int]] = []
     freed: list[int] = []
-    cleared: list[int] = []
     needs_masks: bool = False
 
 

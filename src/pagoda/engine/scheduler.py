@@ -162,7 +162,7 @@ class Scheduler:
             budget -= self._launch(seq, min(budget, len(seq.tokens) - seq.num_computed), plan, launched)
         if not plan.rows:
             return None
-        plan.freed, self._freed, plan.cleared = self._freed, [], self.pool.take_spoilt()
+        plan.freed, self._freed = self._freed, []
         self._flights.append((plan.step, launched))
         self._num_steps += 1
         self.counters.steps += 1
@@ -316,7 +316,7 @@ class Scheduler:
         self.counters.guessed_tokens += len(row.guesses)
         self.counters.accepted_tokens += right
         if reason == "error":
-            self.pool.spoil(seq.blocks)
+            self.pool.forget(seq.blocks)
         keep = None if reason == "error" else len(seq.tokens)
         return output if reason is None else self._finish(seq, output, reason, keep)
 

@@ -137,14 +137,6 @@ def write_kv(cache: LayerCache, slot_T: Tensor, k_TKD: Tensor, v_TKD: Tensor) ->
     _put(cache, "v", block, offset, v_TKD)
 
 
-def clear_blocks(cache: LayerCache, blocks: list[int]) -> None:
-    """Zeros, as in a new cache."""
-    changing = () if cache.static else (cache.k_scale, cache.v_scale, cache.k_zero, cache.v_zero)
-    for x in (cache.k, cache.v, *changing):
-        if x is not None:
-            x.view(torch.uint8)[blocks] = 0
-
-
 def _get(cache: LayerCache, name: str, blocks: Tensor) -> Tensor:
     x = getattr(cache, name)[blocks]
     if cache.scheme == "none":

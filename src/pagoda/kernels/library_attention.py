@@ -46,10 +46,10 @@ def fresh_rows(rows: list[tuple[int, int]]) -> Fresh:
     return tuple(reversed(fresh))
 
 
-def _keys(cached: Tensor, blocks: Tensor, padded: int) -> Tensor:
-    """[1, K, padded, D] of the blocks of one row."""
+def _keys(cached: Tensor, blocks: Tensor, length: int, padded: int) -> Tensor:
+    """[1, K, padded, D] of the blocks of one row; zeros from `length` on, where a block may hold what is no number."""
     taken = cached[blocks].transpose(0, 1).flatten(1, 2)
-    return F.pad(taken[:, :padded], (0, 0, 0, max(0, padded - taken.shape[1])))[None]
+    return F.pad(taken[:, :length], (0, 0, 0, padded - length))[None]
 
 
 def library_attention(
@@ -62,6 +62,6 @@ def library_attention(
             padded = -(-length // PAD) * PAD
             blocks = block_table_RB[row, : -(-length // cache.block_len)].long()
             q = F.pad(q_THD[first : first + length], (0, 0, 0, 0, 0, padded - length)).transpose(0, 1)[None]
-            k, v = _keys(cache.k, blocks, padded), _keys(cache.v, blocks, padded)
+            k, v = (_keys(cached, blocks, length, padded) for cached in (cache.k, cache.v))
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
             out_THD[first : first + length] = out[0, :, :length].transpose(0, 1)

@@ -68,6 +68,20 @@ static const uint8_t* unpack(int kind, const uint8_t* from, uint8_t* to, int wid
   }
   return to;
 }
+// The unit's values with zeros in place of those from token `seen` on, which nobody has written or an earlier owner of
+// the block has: what may be no number there would pass through a weight of 0. Int8 codes are numbers always.
+static const uint8_t* blank_tail(int kind, const uint8_t* v, uint8_t* to, int width, int seen) {
+  if (seen >= UNIT || kind == I8) return v;
+  const size_t row = (size_t)width * (in_pairs(kind) ? 2 : 4);  // bytes of a token
+  const int kept = in_pairs(kind) ? (seen + 1) / 2 * 2 : seen;
+  if (v != to) memcpy(to, v, row * kept);
+  if (kept > seen) {  // the other half of a pair
+    uint16_t* pair = (uint16_t*)(to + row * (kept - 2));
+    for (int d = 0; d < width; d++) pair[2 * d + 1] = 0;
+  }
+  memset(to + row * kept, 0, row * (UNIT - kept));
+  return to;
+}
 
 // ---------------------------------------------------------------- queries against up to CHUNK units
 struct View {  // the units of one round
@@ -119,9 +133,9 @@ template <bool PAIRS> static void soften(const Shape& s, const View& w, const Qu
   F total = zero();
   for (int u = 0; u < w.units; u++) {
     const F x = load(score + u * UNIT);
-    F p = above(x, set1(-1e30f), exp(x - set1(top)));
-    total = total + p;
-    if (w.v_scale[u]) p = p * load(w.v_scale[u]);
+    const F seen = set1(-1e30f), weight = exp(x - set1(top));
+    total = total + above(x, seen, weight);
+    const F p = above(x, seen, w.v_scale[u] ? weight * load(w.v_scale[u]) : weight);  // an unseen scale may be infinite
     if (PAIRS) store_bf16((uint16_t*)score + u * UNIT, p);
     else store(score + u * UNIT, p);
   }
@@ -172,7 +186,9 @@ static void attend_range(const Shape& s, const Cache& c, const int32_t* blocks, 
     for (int u = 0; u < w.units; u++) {
       const size_t row = (size_t)unit_of(blocks, s.block_len, first + u * UNIT) * s.kv_heads + h;
       w.k[u] = unpack(s.kind, c.k + row * unit_bytes, tiles + 2 * u * tile, s.width, UNIT);
-      w.v[u] = unpack(s.kind, c.v + row * unit_bytes, tiles + (2 * u + 1) * tile, s.width, s.width);
+      uint8_t* v = tiles + (2 * u + 1) * tile;
+      w.v[u] = unpack(s.kind, c.v + row * unit_bytes, v, s.width, s.width);
+      w.v[u] = blank_tail(s.kind, w.v[u], v, s.width, to - first - u * UNIT);
       w.k_scale[u] = s.kind == I8 ? c.k_scale + row * UNIT : nullptr;
       w.v_scale[u] = s.kind == I8 ? c.v_scale + row * UNIT : nullptr;
     }

@@ -21,10 +21,8 @@ class Executor(Protocol):
         """Of one block of the KV cache: all layers, this rank's heads."""
 
     def allocate_cache(self, num_blocks: int) -> None:
-        """Blocks 0 .. num_blocks - 1; block 0 is scratch, where padding rows may write."""
-
-    def clear_blocks(self, blocks: list[int]) -> None:
-        """Zeros in place of what is no number, which even a weight of 0 would not take out of an attention's sum."""
+        """Blocks 0 .. num_blocks - 1; block 0 is scratch, where padding rows may write. A token past the end of a row
+        has no effect on it, even if what a block's earlier owner left there is no number."""
 
     def free_cache(self) -> None:
         """Give the blocks' memory back."""

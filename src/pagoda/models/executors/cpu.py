@@ -220,11 +220,6 @@ class CpuExecutor:
                 layer.cache.k_scale, layer.cache.v_scale = (address(t) for t in scales)
         self.model.num_blocks = num_blocks
 
-    def clear_blocks(self, blocks: list[int]) -> None:
-        """See `Executor`."""
-        for part in self.cache:
-            part.view(self.model.num_blocks, -1)[blocks] = 0
-
     def free_cache(self) -> None:
         self.cache = []
         self.model.num_blocks = 0

@@ -13,7 +13,6 @@ from torch import Tensor
 from pagoda.config import EngineConfig
 from pagoda.kernels.act_mul import act_mul
 from pagoda.kernels.decode_attention import decode_attention
-from pagoda.kernels.kv_pack import clear_blocks
 from pagoda.kernels.prefill_attention import prefill_attention
 from pagoda.kernels.rms_norm import rms_norm
 from pagoda.kernels.rope_cache import rope_and_write
@@ -81,11 +80,6 @@ class EagerExecutor:
         shape = (num_blocks, p.num_kv_heads, p.spec.head_dim, self.config.cache_block_seq_len)
         static = p.kv_ranges if scheme.name == "int8" and p.kv_ranges else (None,) * p.spec.num_layers
         self.caches = [scheme.allocate(*shape, self.dtype, self.device, ranges) for ranges in static]
-
-    def clear_blocks(self, blocks: list[int]) -> None:
-        """See `Executor`."""
-        for cache in self.caches:
-            clear_blocks(cache, blocks)
 
     def free_cache(self) -> None:
         self.caches = []
