@@ -2,13 +2,17 @@
 
 import io
 import socket
+from types import SimpleNamespace
 
+import httpx
 import pytest
 from serving import Running
 
 from pagoda.cli.main import main
-from pagoda.errors import EngineDeadError, RequestError, UsageError
+from pagoda.errors import EngineDeadError, OverloadedError, RequestError, UsageError
+from pagoda.serve import client as client_module
 from pagoda.serve.client import Client
+from pagoda.serve.error_map import error_response
 
 
 def test_turns_and_chats(server: Running) -> None:
@@ -64,6 +68,33 @@ def test_a_server_that_is_not_ready_is_waited_for(server: Running) -> None:
     assert Client(server.url, patience=20, on_wait=ready).model()["id"] == "mini"
     [why] = said
     assert "The engine is loading" in why and "20 s" in why
+
+
+@pytest.mark.parametrize(
+    ("error", "after", "calls", "pauses"),
+    [
+        (OverloadedError("Full.", 3), {}, 1, []),
+        (EngineDeadError("Loading."), {"retry-after": "4"}, 4, [4.0, 4.0, 2.0]),
+        (EngineDeadError("Loading."), {"retry-after": "soon"}, 51, [0.2] * 50),
+    ],
+)
+def test_a_full_server_is_left_in_peace(error, after, calls, pauses, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`after`: what the header says. The clock goes on in the pauses only, and patience lasts 10 s."""
+    slept: list[float] = []
+    clock = SimpleNamespace(monotonic=lambda: sum(slept), sleep=slept.append)
+    monkeypatch.setattr(client_module, "time", clock)
+    asked: list[httpx.Request] = []
+
+    def refuse(request: httpx.Request) -> httpx.Response:
+        asked.append(request)
+        made = error_response(error)
+        return httpx.Response(made.status_code, headers={**made.headers, **after}, content=made.body)
+
+    client = Client("http://test")
+    client._http = httpx.Client(base_url="http://test", transport=httpx.MockTransport(refuse))
+    with pytest.raises(type(error), match=str(error)):
+        client.model()
+    assert len(asked) in (calls, calls + 1) and slept[: len(pauses)] == pytest.approx(pauses)
 
 
 def test_the_terminal_client(server: Running, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:

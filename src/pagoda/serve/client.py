@@ -28,6 +28,7 @@ BY_STATUS: dict[int, type[PagodaError]] = {
     429: OverloadedError,
     503: OverloadedError,
 }
+MIN_PAUSE = 0.2
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,18 @@ class Piece:
     finish_reason: str | None = None
 
 
+@dataclass(frozen=True)
+class Absence:
+    """Why there is no answer yet, and in how many seconds to ask again."""
+
+    error: EngineDeadError
+    pause: float = MIN_PAUSE
+
+
 class Client:
-    """One server. While it is away or not ready a request is tried again for `patience` seconds; `on_wait` is told why,
-    once. Raises `EngineDeadError` when it stays away, and the error that the server tells."""
+    """One server. While it is away or its engine not ready a request is tried again for `patience` seconds, as seldom
+    as the server asks; `on_wait` is told why, once. Raises `EngineDeadError` when it stays away, and the error that the
+    server tells: one that is full is not asked again."""
 
     def __init__(
         self,
@@ -121,13 +131,14 @@ class Client:
     @contextmanager
     def _open(self, method: str, path: str, body: Any) -> Iterator[httpx.Response]:
         until, told = time.monotonic() + self._patience, False
-        while isinstance(answer := self._try(method, path, body), PagodaError):
-            if time.monotonic() > until:
-                raise answer
+        while isinstance(answer := self._try(method, path, body), Absence):
+            left = until - time.monotonic()
+            if left <= 0:
+                raise answer.error
             if not told:
-                self._on_wait(f"{answer} Trying for {self._patience:g} s.")
+                self._on_wait(f"{answer.error} Trying for {self._patience:g} s.")
             told = True
-            time.sleep(0.2)
+            time.sleep(min(answer.pause, left))
         try:
             if answer.status_code >= 400:
                 raise _refusal(answer)
@@ -135,21 +146,20 @@ class Client:
         finally:
             answer.close()
 
-    def _try(self, method: str, path: str, body: Any) -> httpx.Response | PagodaError:
-        """The answer, or why there is none yet: nobody listens, or the engine is on its way or full (503)."""
+    def _try(self, method: str, path: str, body: Any) -> "httpx.Response | Absence":
+        """The answer, or why there is none yet: nobody listens, or the engine is on its way."""
         try:
             answer = self._http.send(self._http.build_request(method, path, json=body), stream=True)
         except httpx.InvalidURL as error:
             raise UsageError(f"{self.url} is not an address ({error}): write http://HOST:PORT.") from None
         except httpx.TransportError as error:
             why = f"The server at {self.url} cannot be reached ({error or type(error).__name__})"
-            return EngineDeadError(f"{why}: start it with `pagoda serve MODEL`, or check the address.")
-        if answer.status_code != 503:
+            return Absence(EngineDeadError(f"{why}: start it with `pagoda serve MODEL`, or check the address."))
+        if answer.status_code != 503 or not isinstance(error := _refusal(answer), EngineDeadError):
             return answer
-        try:
-            return _refusal(answer)
-        finally:
-            answer.close()
+        answer.close()
+        after = answer.headers.get("retry-after", "")
+        return Absence(error, max(MIN_PAUSE, int(after)) if after.isdecimal() else MIN_PAUSE)
 
     def _lines(self, answer: httpx.Response) -> Iterator[str]:
         try:
@@ -161,7 +171,10 @@ class Client:
 def _refusal(answer: httpx.Response) -> PagodaError:
     """What the server said, as an error of our tree."""
     try:
-        message = str(json.loads(answer.read())["error"]["message"])
+        told = json.loads(answer.read())["error"]
+        message = str(told["message"])
+        if told.get("code") == "engine_unavailable":
+            return EngineDeadError(message)
     except (ValueError, KeyError, TypeError):
         message = f"The server answered {answer.status_code}: is this a Pagoda server?"
     return BY_STATUS.get(answer.status_code, RequestError if answer.status_code < 500 else EngineError)(message)

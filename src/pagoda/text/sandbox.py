@@ -3,8 +3,8 @@
 Bounded: every call, every turn of a loop and every piece of output ends when the time is over; `*`, `**`, `+`, `~`,
 `%`, the methods and filters of `PLACES` and `join` make no value of more than `MAX_CHARS` characters or items. Not
 bounded: how many such values a template keeps while its time lasts, and what one filter does with one value (printing
-lists that hold each other, formatting fields of its arguments). So whoever serves a checkpoint still trusts its template with the process's
-memory.
+lists that hold each other, formatting fields of its arguments). So whoever serves a checkpoint still trusts its
+template with the process's memory.
 """
 
 import functools
