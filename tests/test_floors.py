@@ -62,3 +62,33 @@ def test_files_are_named_for_their_purpose() -> None:
 def test_the_package_stays_small() -> None:
     lines = sum(len(p.read_text(encoding="utf-8").splitlines()) for p in FILES)
     assert lines <= 25000, f"{lines} lines: the house was to stay within 25,000"
+
+
+FORBIDDEN = {
+    "pickle", "cloudpickle", "dill", "marshal", "shelve", "eval", "exec", "yaml.load", "os.system",
+    "jinja2.Environment", "BaseHTTPMiddleware", "recv_pyobj", "send_pyobj", "ForkingPickler",
+}  # fmt: skip
+
+
+def dangers_of(source: str) -> list[str]:
+    """What a source names of the ways by which data becomes code."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            module = getattr(node, "module", None) or ""
+            found += [name for a in node.names for name in (a.name, f"{module}.{a.name}", module) if name in FORBIDDEN]
+        elif isinstance(node, ast.Call):
+            words = {k.arg: getattr(k.value, "value", None) for k in node.keywords}
+            called = ast.unparse(node.func)
+            found += [name for name in (called, called.rpartition(".")[2]) if name in FORBIDDEN and name != "eval"]
+            found += ["eval"] * (called == "eval") + ["shell=True"] * bool(words.get("shell"))
+            found += ["torch.load"] * (called.endswith("torch.load") and words.get("weights_only") is not True)
+            found += ["trust_remote_code"] * bool(words.get("trust_remote_code"))
+    return found
+
+
+def test_data_never_becomes_code() -> None:
+    assert {p.name: found for p in FILES if (found := dangers_of(p.read_text(encoding="utf-8")))} == {}
+    bad = "import pickle\neval('1')\ntorch.load(f)\nrun(x, shell=True)\njinja2.Environment()\nfrom yaml import load\n"
+    wanted = ["eval", "jinja2.Environment", "pickle", "shell=True", "torch.load", "yaml.load"]
+    assert sorted(dangers_of(bad)) == wanted

@@ -132,6 +132,13 @@ REFUSED = [
     ({"type": "grammar", "grammar": "start: foo"}, "unknown name"),
     ({"type": "grammar", "grammar": "((("}, "refused"),
     ({"type": "xml"}, "use one of"),
+    ({"type": "json_schema", "schema": {"type": "integer", "multipleOf": 999983}}, "multipleOf"),
+    ({"type": "json_schema", "schema": {"type": "number", "multipleOf": 99991e-3}}, "multipleOf"),
+    ({"type": "json_schema", "schema": {"allOf": [{"multipleOf": 997}, {"multipleOf": 991}]}}, "multipleOf"),
+    ({"type": "json_schema", "schema": {"multipleOf": float("inf")}}, "finite"),
+    ({"type": "grammar", "grammar": 'start: %json {"multiple\\u004ff": 99991, "multipleOf": 3}'}, "multipleOf"),
+    ({"type": "grammar", "grammar": 'start: %json {"multipleOf": 1' + "0" * 400 + "}"}, "refused"),
+    ({"type": "grammar", "grammar": "start: %json {"}, "not followed by JSON"),
     ("json", "use one of"),
 ]
 
@@ -141,6 +148,12 @@ def test_refusals_are_one_sentence(response_format, words):
     with pytest.raises(GrammarError, match=words) as caught:
         compile_grammar(response_format)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400 and caught.value.param == "response_format"
+
+
+def test_divisors_that_cost_little_are_taken():
+    for divisor in (0.01, 1e-7, 2**20, 9973, 12.34):
+        assert compile_grammar({"type": "json_schema", "schema": {"type": "number", "multipleOf": divisor}})
+    assert compile_grammar({"type": "grammar", "grammar": 'start: %json {"type": "integer", "multipleOf": 7}'})
 
 
 def test_depth_limit():

@@ -202,6 +202,9 @@ def test_forced_calls_parse(byte_tokenizer, name):
 
 
 def test_refused_tools():
+    slow = {"type": "object", "properties": {"n": {"type": "integer", "multipleOf": 99991}}}
+    with pytest.raises(GrammarError, match="multipleOf"):
+        tool_grammar([{"function": {"name": "f", "parameters": slow}}], "hermes")
     with pytest.raises(GrammarError, match="refused"):
         tool_grammar([{"function": {"name": "f", "parameters": {"type": "nope"}}}], "hermes")
     with pytest.raises(TemplateError, match="name"):

@@ -4,7 +4,10 @@ llguidance does the work: no backtracking, bounded by fuel on hostile input.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from fractions import Fraction
 from typing import Any
 
 import llguidance
@@ -16,6 +19,7 @@ from pagoda.text.tokenizer import Tokenizer
 
 MAX_BYTES = 64 << 10
 MAX_DEPTH = 64
+MAX_DIVISOR = 10_000
 JSON_RULES: Any = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,64}", "lenient": False, "coerce_one_of": False}
 """Space between JSON tokens is bounded, so that a model cannot idle in it; unknown keywords are refused."""
 _LEAP = "([0-9]{2}(0[48]|[2468][048]|[13579][26])|(0[48]|[2468][048]|[13579][26])00)-02-29"
@@ -44,6 +48,52 @@ def _check_size(value: Any) -> None:
         raise GrammarError("The response format is not plain JSON.", "response_format") from None
     if size > MAX_BYTES:
         raise GrammarError(f"The response format is longer than {MAX_BYTES} bytes.", "response_format")
+
+
+def check_divisors(fields: Iterable[tuple[str, Any]]) -> None:
+    """`GrammarError` when the `multipleOf` among these fields would make an automaton of more than `MAX_DIVISOR`
+    states: as many as the least common multiple of them all, without its factors 2 and 5, which cost nothing. The
+    library has no limit of its own, and would compute for minutes."""
+    states = 1
+    for name, value in fields:
+        if name != "multipleOf" or isinstance(value, bool) or not isinstance(value, (int, float)) or not value:
+            continue
+        if isinstance(value, float) and not math.isfinite(value):
+            raise GrammarError("A multipleOf of the schema is no finite number.", "response_format")
+        odd = abs(Fraction(repr(value)).numerator)
+        for factor in (2, 5):
+            while odd % factor == 0:
+                odd //= factor
+        states = math.lcm(states, odd)
+        if states > MAX_DIVISOR:
+            raise GrammarError(
+                f"The multipleOf of the schema have a common multiple over {MAX_DIVISOR}: use fewer or smaller ones.",
+                "response_format",
+            )
+
+
+def fields_of(value: Any) -> Iterator[tuple[str, Any]]:
+    """All fields of all objects in plain JSON."""
+    left = [value]
+    while left:
+        value = left.pop()
+        if isinstance(value, Mapping):
+            yield from value.items()
+            left.extend(value.values())
+        elif isinstance(value, (list, tuple)):
+            left.extend(value)
+
+
+def _check_schemas_inside(lark: str) -> None:
+    """`check_divisors` for the schemas that a client's grammar holds."""
+    fields: list[tuple[str, Any]] = []
+    reader = json.JSONDecoder(object_pairs_hook=fields.extend)  # sees names that are given twice
+    for found in re.finditer(r"%json\s*", lark):
+        try:
+            reader.raw_decode(lark, found.end())
+        except ValueError:
+            raise GrammarError("A %json of the grammar is not followed by JSON.", "response_format") from None
+    check_divisors(fields)
 
 
 def _field(response_format: Mapping[str, Any], *names: str) -> Any:
@@ -77,6 +127,7 @@ def _exact_under(key: str, value: Any) -> Any:
 def _json_grammar(schema: Any) -> dict[str, Any]:
     if not isinstance(schema, (Mapping, bool)):
         raise GrammarError("A JSON schema must be an object, true or false.", "response_format")
+    check_divisors(fields_of(schema))
     try:
         # Through text: a schema that is `true` or `false` is allowed, and nothing but plain JSON passes.
         text = json.dumps(_exact(schema))
@@ -104,9 +155,11 @@ def _body(response_format: Mapping[str, Any]) -> dict[str, Any]:
         return {"lark_grammar": "start: " + " | ".join(literal(_text(c)) for c in choices)}
     text = _text(_field(response_format, "grammar"))
     try:
-        return {"lark_grammar": any_to_lark(text)}
+        lark = any_to_lark(text)
     except Exception as error:  # the library raises a bare Exception
         raise ValueError(error) from None
+    _check_schemas_inside(lark)
+    return {"lark_grammar": lark}
 
 
 def _text(value: Any) -> str:

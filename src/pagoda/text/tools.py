@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pagoda.errors import TemplateError
-from pagoda.text.grammar import literal, seal
+from pagoda.text.grammar import check_divisors, fields_of, literal, seal
 
 ARGUMENT_KEYS = ("arguments", "parameters")
 
@@ -69,6 +69,7 @@ def tool_grammar(tools: Sequence[Mapping[str, Any]], name: str, after: str | Non
         }
         objects.append({"type": "object", "properties": properties, "required": ["name", form.arguments],
                         "additionalProperties": False})  # fmt: skip
+    check_divisors(fields_of(objects))
     call = "call: %json " + json.dumps({"anyOf": objects}, ensure_ascii=False)
     if form.listed:
         more = '("," call)*' if parallel else ""
