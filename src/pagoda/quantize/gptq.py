@@ -46,6 +46,9 @@ def gptq(weight_NK: Tensor, second_KK: Tensor, group: int, act_order: bool) -> T
             w[:, j:stop] -= error * factor[j, j:stop]
             errors[:, j - start : j - start + 1] = error
         w[:, stop:] -= errors @ factor[start:stop, stop:]
+    if act_order:  # the inputs of a group in their own order, as readers of the checkpoint find them: the same sums
+        within = order.view(-1, group).argsort(1) + torch.arange(0, len(order), group, device=w.device)[:, None]
+        q, order = q[:, within.flatten()], order[within.flatten()]
     codes = Codes(q, torch.cat(scales, 1), torch.cat(zeros, 1)).canonical()
     return codes | {"perm": order.to(torch.int32)} if act_order else codes
 
