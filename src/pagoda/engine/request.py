@@ -109,3 +109,12 @@ class Output(Struct, omit_defaults=True, gc=False):
     num_cached_tokens: int = 0
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     time: float = 0.0
+
+
+def too_long(num_history: int, num_prompt: int, max_len: int) -> str:
+    """Why a prompt is refused. All in tokens; `max_len`: what a session holds."""
+    history = f", after {num_history} of the session's history," if num_history else ""
+    return (
+        f"The prompt has {num_prompt} tokens{history} but a session holds {max_len} and needs room for one more: "
+        "shorten the prompt, or raise session_len and the size of the cache."
+    )

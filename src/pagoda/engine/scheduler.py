@@ -5,6 +5,7 @@ from bisect import insort
 from collections import deque
 from collections.abc import Callable, Iterable
 from heapq import heappop, heappush
+from operator import attrgetter
 
 from msgspec import Struct
 
@@ -12,11 +13,13 @@ from pagoda.engine.blocks import BlockPool
 from pagoda.engine.lookup import Lookup, may_guess
 from pagoda.engine.metrics import Counters, EngineStats
 from pagoda.engine.prefix import PrefixCache
-from pagoda.engine.request import EngineRequest, FinishReason, Output, check_sizes
+from pagoda.engine.request import EngineRequest, FinishReason, Output, check_sizes, too_long
 from pagoda.engine.schedule import NO_TOKEN, Row, Schedule, SlotInit, StepResult
 from pagoda.engine.sequence import Launched, Sequence
 from pagoda.engine.sessions import Sessions
 from pagoda.errors import OverloadedError, PagodaError, PromptTooLongError, RequestError
+
+_ORDER = attrgetter("order")
 
 
 class SchedulerConfig(Struct, frozen=True):
@@ -100,7 +103,7 @@ class Scheduler:
         if not request.prompt_ids:
             raise RequestError("The prompt is empty: send at least one token.", "prompt")
         if len(tokens) + 1 > self.max_len:
-            raise PromptTooLongError(_too_long(len(history), len(request.prompt_ids), self.max_len), "prompt")
+            raise PromptTooLongError(too_long(len(history), len(request.prompt_ids), self.max_len), "prompt")
         if session_id is not None:
             self.sessions.begin(session_id, request.id)
         limit = min(len(tokens) + params.max_tokens, self.max_len)
@@ -110,7 +113,7 @@ class Scheduler:
         seq.lookup = Lookup() if self.config.num_guesses and may_guess(params) else None
         seq.watched = seq.lookup is not None or params.grammar is not None
         self._live[request.id] = seq
-        insort(self._waiting, seq, key=_order)
+        insort(self._waiting, seq, key=_ORDER)
 
     def abort(self, request_id: str, keep_tokens: int | None = None) -> Output | None:
         """End a request in whatever state it is, and return its last output; None if there is no such request (any
@@ -252,7 +255,7 @@ class Scheduler:
             self.pool.release(hits)
             return None
         del self._waiting[0]
-        insort(self._running, seq, key=_order)
+        insort(self._running, seq, key=_ORDER)
         seq.slot, seq.blocks = heappop(self._slots), hits + blocks
         seq.num_computed, seq.num_named = len(hits) * block_len, len(hits)
         self._count_admission(seq)
@@ -368,7 +371,7 @@ class Scheduler:
         seq.sampled = False
         if seq.scores_prompt:
             seq.prompt_logprobs = None
-        insort(self._waiting, seq, key=_order)
+        insort(self._waiting, seq, key=_ORDER)
         self.counters.preemptions += 1
 
     def _vacate(self, seq: Sequence) -> None:
@@ -395,15 +398,3 @@ class Scheduler:
         else:
             self.counters.inter_token_time.add(now - seq.last_output)
         seq.last_output = now
-
-
-def _order(seq: Sequence) -> tuple[int, int]:
-    return seq.order
-
-
-def _too_long(num_history: int, num_prompt: int, max_len: int) -> str:
-    history = f", after {num_history} of the session's history," if num_history else ""
-    return (
-        f"The prompt has {num_prompt} tokens{history} but a session holds {max_len} and needs room for one more: "
-        "shorten the prompt, or raise session_len and the size of the cache."
-    )
