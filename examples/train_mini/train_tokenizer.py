@@ -12,7 +12,8 @@ from pathlib import Path
 from documents import render
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from pagoda.quantize import mini_talk, mini_world
+from pagoda.quantize import mini_world
+from pagoda.quantize.mini_exchanges import TALK
 from pagoda.quantize.mini_tasks import training_documents
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -24,7 +25,13 @@ VOCABULARY = 6016
 def _everything() -> Iterator[str]:
     """Every word of the tables often enough to become one token, with and without a space, small and capital."""
     cells = {cell for relation in mini_world.RELATIONS for row in relation.rows for cell in row}
-    cells |= {*mini_world.WORDS, *mini_world.NAMES, *mini_world.NAMES_ZH, *mini_world.JOBS, *mini_talk.UNKNOWN_THINGS}
+    cells |= {
+        *mini_world.WORDS,
+        *mini_world.NAMES,
+        *mini_world.NAMES_ZH,
+        *mini_world.JOBS,
+        *TALK["unknown"]["en"]["things"],
+    }
     for cell in sorted(cells):
         for form in {cell, cell.lower(), cell.capitalize()}:
             yield from [f"{form} {form} {form}"] * 40

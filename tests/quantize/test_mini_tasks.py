@@ -1,5 +1,6 @@
 """The small world of Pagoda mini: deterministic, answers checked by independent computation, template exact."""
 
+import hashlib
 import json
 import re
 import sys
@@ -31,6 +32,11 @@ def test_same_seed_same_questions_and_longer_lists_begin_alike():
     assert questions(5, 60) != questions(6, 60)
     assert {q.task for q in questions(5, 60)} == set(TASKS)
     assert held_out_dialogues(1, 5) == held_out_dialogues(1, 5)
+
+
+def test_the_questions_of_recorded_accuracies_stay_as_they_were():
+    asked = json.dumps([[q.task, q.messages, q.answer] for q in questions(0, 340)], ensure_ascii=False)
+    assert hashlib.sha256(asked.encode()).hexdigest()[:16] == "bb0db8b32d29577b"
 
 
 def test_training_never_draws_an_evaluation_stream(monkeypatch):

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from random import Random
 
 from pagoda.quantize import mini_stories as stories
-from pagoda.quantize import mini_talk as talk
-from pagoda.quantize.mini_exchanges import SINGLE, Exchange, Message, exchange, rough
+from pagoda.quantize.mini_exchanges import SINGLE, TALK, Exchange, Message, exchange, rough
 from pagoda.quantize.mini_memory import recall, tell
 from pagoda.quantize.mini_tools import make_tools, tool_exchange, tools_prompt
 
@@ -45,8 +44,9 @@ class TaskScore:
 
 
 def small_talk(rng: Random) -> Exchange:
-    asks, replies = rng.choice(talk.SMALL_TALK[:3] + talk.SMALL_TALK) if rng.random() < 0.7 else talk.SMALL_TALK[0]
-    return exchange("talk", rough(rng, rng.choice(asks)), rng.choice(replies))
+    topics = TALK["small_talk"]
+    topic = rng.choice(topics[:3] + topics) if rng.random() < 0.7 else topics[0]
+    return exchange("talk", rough(rng, rng.choice(topic["asks"])), rng.choice(topic["replies"]))
 
 
 def tell_story(rng: Random) -> Exchange:
@@ -54,7 +54,7 @@ def tell_story(rng: Random) -> Exchange:
         return exchange("story", rough(rng, rng.choice(stories.STORY_ASKS_ZH)), stories.story_zh(rng))
     if rng.random() < 0.3:
         topic = rng.choice(stories.TOPICS)
-        ask = rng.choice(stories.TOPIC_ASKS).format(a=("an " if topic[0] in "aeiou" else "a ") + topic)
+        ask = rng.choice(stories.TOPIC_ASKS).format(a=stories.with_article(topic))
         return exchange("story", rough(rng, ask), stories.story(rng, topic))
     return exchange("story", rough(rng, rng.choice(stories.STORY_ASKS)), stories.story(rng))
 
@@ -78,7 +78,7 @@ def _filler(rng: Random, memory: dict[str, str], language: str) -> Exchange:
 
 
 def _system(rng: Random) -> list[Message]:
-    return [{"role": "system", "content": rng.choice(talk.SYSTEMS)}] if rng.random() < 0.4 else []
+    return [{"role": "system", "content": rng.choice(TALK["systems"])}] if rng.random() < 0.4 else []
 
 
 def _language(rng: Random) -> str:
@@ -90,7 +90,7 @@ def _flatten(head: list[Message], exchanges: Iterable[Exchange]) -> list[Message
 
 
 def _tool_head(rng: Random, tools: dict) -> list[Message]:
-    system = rng.choice(("", "", talk.SYSTEM, *talk.SYSTEMS))
+    system = rng.choice(["", "", TALK["systems"][0], *TALK["systems"]])
     return [{"role": "system", "content": tools_prompt(list(tools.values()), system)}]
 
 

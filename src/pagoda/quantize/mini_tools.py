@@ -1,4 +1,4 @@
-"""Tools that Pagoda mini is asked to call, in the Hermes format: the prompt that offers them and exchanges that use them."""
+"""Tools that Pagoda mini is asked to call, in the Hermes format: the prompt that offers them, exchanges with them."""
 
 import json
 from random import Random
@@ -6,6 +6,7 @@ from typing import Any
 
 from pagoda.quantize import mini_world as world
 from pagoda.quantize.mini_exchanges import Exchange, Message
+from pagoda.quantize.mini_world import read_data
 
 Tool = dict[str, Any]
 
@@ -23,27 +24,17 @@ For each function call, return a json object with function name and arguments wi
 {"name": <function-name>, "arguments": <args-json-object>}
 </tool_call>"""
 
-#: kind -> (function names, argument names, descriptions)
-_KINDS = {
-    "calculator": (("calculator", "calculate", "calc", "evaluate"), ("expression", "expr", "input"), ("Evaluate an arithmetic expression",
-        "Compute the value of an expression", "A calculator")),
-    "weather": (("get_weather", "weather", "get_current_weather"), ("city", "location", "place"), ("Get the current weather of a city",
-        "Current weather in a place", "Look up the weather")),
-    "clock": (("get_time", "clock", "current_time"), ("city", "location", "place"), ("Get the current time in a city", "Tell the local time")),
-    "timer": (("set_timer", "start_timer", "timer"), ("minutes", "duration"), ("Start a timer of some minutes", "Set a timer")),
-}  # fmt: skip
-_SKIES = ("sunny", "cloudy", "rainy", "windy", "snowy", "foggy")
+_DATA = read_data("mini_tools")
+_KINDS = _DATA["kinds"]
 
 
 def make_tool(rng: Random, kind: str) -> Tool:
-    names, arguments, descriptions = _KINDS[kind]
-    argument = rng.choice(arguments)
+    words = _KINDS[kind]
+    argument = rng.choice(words["arguments"])
     properties = {argument: {"type": "integer" if kind == "timer" else "string"}}
     parameters = {"type": "object", "properties": properties, "required": [argument]}
-    return {
-        "type": "function",
-        "function": {"name": rng.choice(names), "description": rng.choice(descriptions), "parameters": parameters},
-    }
+    name, description = rng.choice(words["names"]), rng.choice(words["descriptions"])
+    return {"type": "function", "function": {"name": name, "description": description, "parameters": parameters}}
 
 
 def make_tools(rng: Random) -> dict[str, Tool]:
@@ -66,8 +57,7 @@ def _calculation(rng: Random) -> tuple[str, str, dict, str]:
     a, b = rng.randrange(2, 10 ** rng.randrange(2, 6)), rng.randrange(2, 10 ** rng.randrange(1, 5))
     word = {"+": "plus", "-": "minus", "*": "times"}[sign]
     result = {"+": a + b, "-": a - b, "*": a * b}[sign]
-    ask = rng.choice(("What is {a} {s} {b}?", "{a} {s} {b}", "{a}{s}{b}", "What is {a} {w} {b}?", "Calculate {a} {s} {b}.", "Please compute {a} {w} {b}",
-        "{a} {w} {b}", "How much is {a} {s} {b}?")).format(a=a, b=b, s=sign, w=word)  # fmt: skip
+    ask = rng.choice(_KINDS["calculator"]["asks"]).format(a=a, b=b, s=sign, w=word)
     expression = f"{a} {sign} {b}"
     return ask, expression, {"result": result}, f"{expression} = {result}"
 
@@ -77,24 +67,16 @@ def _errand(rng: Random, kind: str) -> tuple[str, str | int, dict, str]:
     city, minutes = rng.choice(world.CITIES), rng.randrange(1, 91)
     if kind == "calculator":
         return _calculation(rng)
+    asks = _KINDS[kind]["asks"]
     if kind == "weather":
-        sky, degrees = rng.choice(_SKIES), rng.randrange(-9, 40)
-        ask = rng.choice(("What is the weather in {}?", "How is the weather in {}?", "What's the weather like in {} today?", "weather in {}",
-            "Tell me the weather in {}.", "Is it warm in {}?", "Is it raining in {}?"))  # fmt: skip
-        return (
-            ask.format(city),
-            city,
-            {"temperature": degrees, "condition": sky},
-            f"It is {sky} in {city}, {degrees} degrees.",
-        )
+        sky, degrees = rng.choice(_DATA["skies"]), rng.randrange(-9, 40)
+        reply = f"It is {sky} in {city}, {degrees} degrees."
+        return rng.choice(asks).format(city), city, {"temperature": degrees, "condition": sky}, reply
     if kind == "clock":
         time = f"{rng.randrange(24):02d}:{rng.randrange(60):02d}"
-        ask = rng.choice(("What time is it in {}?", "Tell me the time in {}.", "time in {}", "How late is it in {}?"))
-        return ask.format(city), city, {"time": time}, f"It is {time} in {city}."
-    ask = rng.choice(
-        ("Set a timer for {} minutes.", "Start a timer of {} minutes", "Wake me in {} minutes.", "timer {} minutes")
-    )
-    return ask.format(minutes), minutes, {"status": "ok"}, f"The timer is set to {minutes} minutes."
+        return rng.choice(asks).format(city), city, {"time": time}, f"It is {time} in {city}."
+    reply = f"The timer is set to {minutes} minutes."
+    return rng.choice(asks).format(minutes), minutes, {"status": "ok"}, reply
 
 
 def tool_exchange(rng: Random, tools: dict[str, Tool], answered: bool) -> Exchange:
