@@ -45,9 +45,9 @@ def open_doors(monkeypatch):
         weight = linear.tensors["weight"]
         return supports(rows, *weight.shape, weight.dtype, norm, act or "", residual)
 
-    def fused(self, x, linear, norm, act, residual, out, pdl):
+    def fused(self, x, linear, extras, out):
         count = counters.setdefault(id(linear), torch.zeros(4096, dtype=torch.int32))
-        small_linear_launch(x, linear.tensors["weight"], linear.extras(norm, act, residual, pdl), out, count)
+        small_linear_launch(x, linear.tensors["weight"], extras, out, count)
         assert not count.any()
 
     for module in (decode_attention, decode_attention_fused, prefill_attention, rope_cache):

@@ -140,8 +140,11 @@ def test_round_to_nearest(group, k):
     got = linear_of(canonical, k).dequantize()
     step = canonical["scales"].float().repeat_interleave(group, 1)[:, :k]
     assert ((got - w).abs() <= step * 0.51 + 1e-6).all()
-    empty = SCHEME.create(12, k, torch.float32, group_size=group)
-    assert {n: (t.shape, t.dtype) for n, t in empty.items()} == {n: (t.shape, t.dtype) for n, t in canonical.items()}
+    assert {n: (t.shape, t.dtype) for n, t in canonical.items()} == {
+        "qweight": ((12, -(-k // group) * group // 2), torch.uint8),
+        "scales": ((12, -(-k // group)), torch.float16),
+        "zeros": ((12, -(-k // group)), torch.uint8),
+    }
 
 
 @pytest.mark.parametrize("order", [False, True])

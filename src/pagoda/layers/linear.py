@@ -96,7 +96,7 @@ class Linear:
         if self.fuses(x_TK.shape[0], norm is not None, act, residual is not None):
             if out is None:
                 out = x_TK.new_empty(x_TK.shape[0], self.out_features // (2 if act else 1))
-            self.scheme.fused(x_TK, self, norm, act, residual, out, pdl)
+            self.scheme.fused(x_TK, self, self._extras(norm, act, residual, pdl), out)
             return out
         if norm is not None and not ((act or residual is not None) and self.fuses(x_TK.shape[0], True)):
             x_TK, norm = rms_norm(x_TK, norm.weight_K, norm.eps, early_launch=pdl), None
@@ -113,7 +113,7 @@ class Linear:
         """Whether a call with these extras on this many rows is one kernel (and faster than op by op)."""
         return rows > 0 and self.scheme.fuses(rows, self, norm, act, residual)
 
-    def extras(self, norm: Norm | None, act: str | None, residual: Tensor | None, pdl: bool) -> Extras:
+    def _extras(self, norm: Norm | None, act: str | None, residual: Tensor | None, pdl: bool) -> Extras:
         """The same, as the fused kernels take it."""
         gain_K, eps = norm or (None, 0.0)
         return Extras(gain_K, eps, self.bias, act or "", None if residual is None else residual.contiguous(), pdl)

@@ -4,8 +4,8 @@ the other.
 A matrix has three forms, each a `dict[str, Tensor]`:
 
   foreign    as a checkpoint has it (`load` reads it),
-  canonical  one plain form per scheme, independent of device and role (workspaces store it; `create` makes it empty,
-             `quantize` makes it from a dense matrix; `fuse` and `shard` keep it),
+  canonical  one plain form per scheme, independent of device and role (workspaces store it; `quantize` makes it
+             from a dense matrix; `fuse` and `shard` keep it),
   packed     for the kernels of one device (`pack` makes it; `matmul`, `fused` and `dequantize` read it).
 
 Canonical tensors per scheme (N out features, K in features, Kp = K padded to whole groups, G groups of a row):
@@ -26,12 +26,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from pagoda.kernels.small_linear import Extras
 from pagoda.layers.schemes.dense import Dense
 from pagoda.layers.schemes.eight_bit import Fp8, Int8
 from pagoda.layers.schemes.int4 import Int4
 
 if TYPE_CHECKING:
-    from pagoda.layers.linear import Linear, Norm
+    from pagoda.layers.linear import Linear
 
 Tensors = dict[str, Tensor]
 
@@ -40,9 +41,6 @@ class Scheme(Protocol):
     """Instances hold no state."""
 
     name: str
-
-    def create(self, n: int, k: int, dtype: torch.dtype, device: Any = "cpu", group_size: int = 128) -> Tensors:
-        """Canonical tensors of the right shapes, uninitialised ("meta" is a device too). dtype: of the checkpoint."""
 
     def load(self, parts: Tensors, quant: Any = None) -> Tensors:
         """Foreign to canonical. parts: the tensors of one matrix by their last name (`qweight`, `weight_packed`, ...)
@@ -72,16 +70,7 @@ class Scheme(Protocol):
     def fuses(self, rows: int, linear: "Linear", norm: bool, act: str | None, residual: bool) -> bool:
         """Whether `fused` takes this combination in one kernel and is the faster way."""
 
-    def fused(
-        self,
-        x_TK: Tensor,
-        linear: "Linear",
-        norm: "Norm | None",
-        act: str | None,
-        residual_TN: Tensor | None,
-        out: Tensor,
-        pdl: bool,
-    ) -> None:
+    def fused(self, x_TK: Tensor, linear: "Linear", extras: Extras, out: Tensor) -> None:
         """One kernel for everything, written to `out`; called only where `fuses` said yes."""
 
     def dequantize(self, packed: Tensors, linear: "Linear") -> Tensor:

@@ -7,12 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pagoda.errors import CheckpointError
-from pagoda.kernels.small_linear import small_linear_launch, supports
+from pagoda.kernels.small_linear import Extras, small_linear_launch, supports
 from pagoda.kernels.triton_env import HAS_TRITON
 from pagoda.layers.schemes.cut import cut, cut_dim
 
 if TYPE_CHECKING:
-    from pagoda.layers.linear import Linear, Norm
+    from pagoda.layers.linear import Linear
 
 Tensors = dict[str, Tensor]
 
@@ -21,9 +21,6 @@ class Dense:
     """Contract: `Scheme`. Canonical {"weight" [N, K]}; packed the same in the activations' dtype, contiguous."""
 
     name = "dense"
-
-    def create(self, n: int, k: int, dtype: torch.dtype, device: Any = "cpu", group_size: int = 128) -> Tensors:
-        return {"weight": torch.empty(n, k, dtype=dtype, device=device)}
 
     def load(self, parts: Tensors, quant: Any = None) -> Tensors:
         if set(parts) != {"weight"}:
@@ -57,17 +54,7 @@ class Dense:
             linear.counters is not None and HAS_TRITON and supports(rows, *w.shape, w.dtype, norm, act or "", residual)
         )
 
-    def fused(
-        self,
-        x_TK: Tensor,
-        linear: "Linear",
-        norm: "Norm | None",
-        act: str | None,
-        residual_TN: Tensor | None,
-        out: Tensor,
-        pdl: bool,
-    ) -> None:
-        extras = linear.extras(norm, act, residual_TN, pdl)
+    def fused(self, x_TK: Tensor, linear: "Linear", extras: Extras, out: Tensor) -> None:
         small_linear_launch(x_TK.contiguous(), linear.tensors["weight"], extras, out, linear.counters)
 
     def dequantize(self, packed: Tensors, linear: "Linear") -> Tensor:

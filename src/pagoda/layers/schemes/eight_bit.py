@@ -16,11 +16,12 @@ from pagoda.errors import CheckpointError
 from pagoda.kernels.eight_bit_linear import FEW_ROWS, eight_bit_linear, scaled
 from pagoda.kernels.quantize_rows import GROUP, quantize_rows, quantize_rows_reference
 from pagoda.kernels.row_blocks import in_row_blocks
+from pagoda.kernels.small_linear import Extras
 from pagoda.kernels.triton_env import HAS_TRITON
 from pagoda.layers.schemes.cut import cut, cut_dim, share
 
 if TYPE_CHECKING:
-    from pagoda.layers.linear import Linear, Norm
+    from pagoda.layers.linear import Linear
 
 Tensors = dict[str, Tensor]
 KNOWN = {"weight", "weight_scale", "weight_scale_inv", "input_scale", "weight_zero_point", "weight_shape"}
@@ -31,12 +32,6 @@ class EightBit:
 
     name: str
     kind: torch.dtype
-
-    def create(self, n: int, k: int, dtype: torch.dtype, device: Any = "cpu", group_size: int = 128) -> Tensors:
-        return {
-            "qweight": torch.empty(n, k, dtype=self.kind, device=device),
-            "scales": torch.empty(n, dtype=torch.float32, device=device),
-        }
 
     def load(self, parts: Tensors, quant: Any = None) -> Tensors:
         """compressed-tensors (int-quantized, float-quantized) and fp8 checkpoints: `weight` with `weight_scale` (or
@@ -104,7 +99,7 @@ class EightBit:
 
     def matmul(self, x_TK: Tensor, linear: "Linear", out: Tensor | None = None) -> Tensor:
         out = x_TK.new_empty(x_TK.shape[0], linear.out_features) if out is None else out
-        self.fused(x_TK, linear, None, None, None, out, False)
+        self.fused(x_TK, linear, Extras(bias_N=linear.bias), out)
         return out
 
     def fuses(self, rows: int, linear: "Linear", norm: bool, act: str | None, residual: bool) -> bool:
@@ -114,21 +109,13 @@ class EightBit:
         library = self.kind == torch.float8_e4m3fn and rows > FEW_ROWS and linear.tensors["scales"].dim() == 1
         return not library or not (act or residual)
 
-    def fused(
-        self,
-        x_TK: Tensor,
-        linear: "Linear",
-        norm: "Norm | None",
-        act: str | None,
-        residual_TN: Tensor | None,
-        out: Tensor,
-        pdl: bool,
-    ) -> None:
+    def fused(self, x_TK: Tensor, linear: "Linear", extras: Extras, out: Tensor) -> None:
         packed = linear.tensors
         grouped = packed["scales"].dim() == 2
-        qx_TK, sx = quantize_rows(x_TK, self.kind, norm, grouped, packed.get("input_scale"), pdl)
-        extras = linear.extras(None, act, residual_TN, pdl)
-        eight_bit_linear(qx_TK, sx, packed["qweight"], packed["scales"], extras, out, linear.counters)
+        norm = None if extras.gain_K is None else (extras.gain_K, extras.eps)
+        qx_TK, sx = quantize_rows(x_TK, self.kind, norm, grouped, packed.get("input_scale"), extras.pdl)
+        rest = extras._replace(gain_K=None)
+        eight_bit_linear(qx_TK, sx, packed["qweight"], packed["scales"], rest, out, linear.counters)
 
     def dequantize(self, packed: Tensors, linear: "Linear") -> Tensor:
         return scaled(packed["qweight"], packed["scales"])

@@ -15,12 +15,13 @@ from pagoda.errors import CheckpointError
 from pagoda.kernels.int4_layout import GROUPS, pack_tiles, unpack_tiles
 from pagoda.kernels.int4_linear import dequantize_int4, int4_linear_launch, supports
 from pagoda.kernels.row_blocks import in_row_blocks
+from pagoda.kernels.small_linear import Extras
 from pagoda.kernels.triton_env import HAS_TRITON
 from pagoda.layers.schemes.cut import cut, cut_dim, share
 from pagoda.layers.schemes.int4_formats import Plain4, read_foreign
 
 if TYPE_CHECKING:
-    from pagoda.layers.linear import Linear, Norm
+    from pagoda.layers.linear import Linear
 
 Tensors = dict[str, Tensor]
 BLOCK_ELEMENTS = 1 << 22  # of a matrix opened at once on the CPU: 16 MB of float32
@@ -82,14 +83,6 @@ class Int4:
     """Contract: `Scheme`."""
 
     name = "int4"
-
-    def create(self, n: int, k: int, dtype: torch.dtype, device: Any = "cpu", group_size: int = 128) -> Tensors:
-        groups = -(-k // group_size)
-        return {
-            "qweight": torch.empty(n, groups * group_size // 2, dtype=torch.uint8, device=device),
-            "scales": torch.empty(n, groups, dtype=torch.float16 if dtype == torch.float32 else dtype, device=device),
-            "zeros": torch.empty(n, groups, dtype=torch.uint8, device=device),
-        }
 
     def load(self, parts: Tensors, quant: Any = None) -> Tensors:
         return canonical_of(read_foreign(parts, quant))
@@ -173,17 +166,8 @@ class Int4:
             return False
         return supports(rows, linear.dtype, norm)
 
-    def fused(
-        self,
-        x_TK: Tensor,
-        linear: "Linear",
-        norm: "Norm | None",
-        act: str | None,
-        residual_TN: Tensor | None,
-        out: Tensor,
-        pdl: bool,
-    ) -> None:
-        packed, extras = linear.tensors, linear.extras(norm, act, residual_TN, pdl)
+    def fused(self, x_TK: Tensor, linear: "Linear", extras: Extras, out: Tensor) -> None:
+        packed = linear.tensors
         x_TK = _gather(x_TK, packed).contiguous()
         glu = linear.role == "gate_up"
         int4_linear_launch(x_TK, packed["q"], packed["meta"], linear.out_features, glu, extras, out, linear.counters)
