@@ -11,6 +11,11 @@ Prints one JSON line a workload: medians of both, their ratio and the range over
 
 measures prompt-lookup speculation instead: the bundled model repeats a text, guessing so many tokens a step, in turns
 with an engine that guesses nothing (as engines are unless told).
+
+    python benchmarks/cpu.py --start --shape qwen2.5-0.5b --format int4
+
+measures how many seconds an engine needs from its construction until it is ready: on a workspace that was packed for
+CPUs, in turns with one that was not, both in the page cache.
 """
 
 import argparse
@@ -36,6 +41,7 @@ from pagoda.config import EngineConfig
 from pagoda.engine.client import EngineClient, start_engine
 from pagoda.engine.request import EngineRequest, SamplingParams
 from pagoda.kernels.cpu.threads import default_threads
+from pagoda.models.convert import write_workspace
 from pagoda.models.find import resolve_model
 from pagoda.text.tokenizer import load_tokenizer
 
@@ -148,9 +154,11 @@ def measure(ask: Ask, other: Ask | None, rounds: int, *work: object) -> tuple[li
     return ours[1:], theirs[1:]
 
 
-def say(name: str, mine: list[float], theirs: list[float], beside: str | None, facts: dict[str, object]) -> None:
+def say(
+    name: str, mine: list[float], theirs: list[float], beside: str | None, facts: dict[str, object], unit: str = "tok/s"
+) -> None:
     """One JSON line. `beside`: what `theirs` is, None where there is no other."""
-    line = {"workload": name, "value": statistics.median(mine), "unit": "tok/s", "range": [min(mine), max(mine)]}
+    line = {"workload": name, "value": statistics.median(mine), "unit": unit, "range": [min(mine), max(mine)]}
     if beside:
         line |= {beside: statistics.median(theirs), f"{beside}_range": [min(theirs), max(theirs)]}
         line["ratio"] = statistics.median(a / b for a, b in zip(mine, theirs, strict=True))
@@ -181,6 +189,23 @@ def speculate(guesses: int, threads: int, rounds: int) -> None:
     say("repeat a text", mine, theirs, "plain", {"guesses": guesses, "threads": threads, "accepted": accepted})
 
 
+def start(shape: str, form: str, threads: int, rounds: int, facts: dict[str, object]) -> None:
+    """One JSON line: seconds to ready of a packed workspace, beside one that is not."""
+    dummy = EngineConfig(load_format="dummy", weight_format="auto" if form == "bf16" else form)
+    config = EngineConfig(device="cpu", session_len=2048, num_threads=threads)
+
+    def ask(workspace: Path) -> float:
+        begun = time.perf_counter()
+        with start_engine(workspace, config):
+            return time.perf_counter() - begun
+
+    with tempfile.TemporaryDirectory() as folder:
+        plain = write_workspace(HERE / "shapes" / shape, Path(folder) / "plain", dummy)
+        packed = write_workspace(HERE / "shapes" / shape, Path(folder) / "packed", dummy.replace(device="cpu"))
+        mine, theirs = measure(lambda: ask(packed), lambda: ask(plain), rounds)
+    say("start", mine, theirs, "plain", facts, unit="s")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=("qwen2.5-0.5b", "tinyllama-1.1b"), default="qwen2.5-0.5b")
@@ -192,17 +217,20 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, help="a folder with tokenizer.json: measure decode over HTTP too")
     parser.add_argument("--models", type=Path, default=Path(tempfile.gettempdir()), help="folder for GGUF files")
     parser.add_argument("--speculate", type=int, metavar="K", help="measure speculation with K guesses a step instead")
+    parser.add_argument("--start", action="store_true", help="measure start-up instead")
     args = parser.parse_args()
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE).stdout
+    facts = {"shape": args.shape, "format": args.format, "threads": args.threads, "commit": commit.strip()}
     if args.speculate:
         return speculate(args.speculate, args.threads, args.rounds)
+    if args.start:
+        return start(args.shape, args.format, args.threads, args.rounds, facts)
     peer = Peer(args.peer, args.shape, args.format, args.threads, args.models) if args.peer else None
     config = EngineConfig(
         device="cpu", dtype="bfloat16", load_format="dummy", session_len=2048, max_batch_size=16,
         weight_format="auto" if args.format == "bf16" else args.format, num_threads=args.threads,
         max_prefill_token_num=512, enable_prefix_caching=False,
     )  # fmt: skip
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE).stdout
-    facts = {"shape": args.shape, "format": args.format, "threads": args.threads, "commit": commit.strip()}
     served = Served(args.shape, args.tokenizer, config, args.models) if args.tokenizer else None
     try:
         with start_engine(HERE / "shapes" / args.shape, config) as engine:

@@ -1,6 +1,7 @@
 """Fixtures for every room."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if not Path("/dev/nvidiactl").exists():  # read when a kernel is defined: must stand before the first import of one
     os.environ.setdefault("TRITON_INTERPRET", "1")
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell makes background jobs deaf to it
 
 
 @pytest.fixture(scope="session")

@@ -110,10 +110,11 @@ def test_speculation_says_the_same_and_how_well_it_guessed(story):
     assert expected in done.stdout and "guessed tokens were right" in done.stdout, done
 
 
-def test_convert_and_chat_on_the_workspace(story, tmp_path):
+@pytest.mark.parametrize("packed", [(), ("--device", "cpu")])
+def test_convert_and_chat_on_the_workspace(packed, story, tmp_path):
     folder, prompt, expected = story
     workspace = tmp_path / "workspace"
-    done = run("convert", "base", str(folder), "--dst_path", str(workspace), "--session_len", "128")
+    done = run("convert", "base", str(folder), "--dst_path", str(workspace), "--session_len", "128", *packed)
     assert done.returncode == 0 and "is ready" in done.stdout, done.stderr
     done = run("chat", "turbomind", str(workspace), *OPTIONS, typed=f"{prompt}\n\nexit\n")
     assert done.returncode == 0 and expected in done.stdout, done.stderr

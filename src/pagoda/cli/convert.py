@@ -19,6 +19,9 @@ def make_parser(prog: str) -> Parser:
     parser.add_argument("--dst-path", default="./workspace", help="folder to write (default: ./workspace)")
     parser.add_argument("--model-name", help="the chat template's name, instead of NAME")
     parser.add_argument("--model-format", choices=FORMATS, help="check that the checkpoint is of this format")
+    parser.add_argument(
+        "--device", choices=("auto", "cpu"), help="cpu: pack the weights for CPUs, so that starting is reading the file"
+    )
     parser.add_argument("--group-size", type=int, help="check that the 4-bit weights have groups of this size")
     add_config_flags(parser, EngineConfig, "settings written to engine.toml", SETTINGS)
     return parser

@@ -25,10 +25,8 @@ from pagoda.errors import DeviceError
 from pagoda.layers.parallel import Group
 from pagoda.models.decoder import StepInput, build_program
 from pagoda.models.executors import make_executor
-from pagoda.models.loader import load_model
+from pagoda.models.loader import load_model, pick_dtype
 from pagoda.models.spec import ModelSpec
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def pick_device(config: EngineConfig, rank: int = 0) -> torch.device:
@@ -49,11 +47,6 @@ def pick_device(config: EngineConfig, rank: int = 0) -> torch.device:
     if device.type != "cpu":
         raise DeviceError(f"device {config.device!r} is unknown: use auto, cpu, cuda or cuda:N.")
     return device
-
-
-def pick_dtype(config: EngineConfig, spec: ModelSpec) -> torch.dtype:
-    """`auto` is the checkpoint's own number format."""
-    return DTYPES[spec.dtype if config.dtype == "auto" else config.dtype]
 
 
 class DecodeKey(NamedTuple):

@@ -75,7 +75,7 @@ class Linear:
     ) -> "Linear":
         """From the canonical form, fused and sharded. in_features: K of the activations (the canonical K may be padded
         to whole groups); dtype: of the activations."""
-        out_features = next(iter(canonical.values())).shape[0]
+        out_features = next(iter(canonical.values())).shape[0] if scheme != "packed" else int(canonical["form"][-1])
         packed = SCHEMES[scheme]().pack(canonical, role, torch.device(device), dtype)
         bias = None if bias is None else bias.to(device=device, dtype=dtype)
         return cls(role, scheme, packed, bias, out_features, in_features, dtype)

@@ -81,12 +81,27 @@ def load_model(
     """This rank's weights of a checkpoint or workspace, packed on `device` for activations of `dtype`. `progress` is
     told the share that is done, from 0 to 1."""
     if is_workspace(folder):
+        check_packing(folder, device, dtype)
         local = LocalWorkspace(folder, spec, group.rank, group.size)
         built = _build(local, spec, device, dtype, progress)
         built.kv_ranges = read_kv_ranges(folder, spec, local.shape)
         return built
     weights = open_weights(folder, spec, config, group.rank, group.size, device)
     return _build(weights, spec, device, dtype, progress)
+
+
+def check_packing(folder: Path, device: torch.device, dtype: torch.dtype) -> None:
+    """WorkspaceError for weights that were packed for another kind of device or another number format."""
+    packed = open_workspace(folder).packed
+    if packed is not None and device.type != "cpu":
+        raise WorkspaceError(f"{folder} is packed for CPUs: run it with --device cpu, or convert again without that.")
+    if packed is not None and packed != str(dtype).removeprefix("torch."):
+        raise WorkspaceError(f"{folder} is packed in {packed}: leave --dtype out, or convert again with that --dtype.")
+
+
+def pick_dtype(config: EngineConfig, spec: ModelSpec) -> torch.dtype:
+    """Of activations: `auto` is the checkpoint's own number format."""
+    return getattr(torch, spec.dtype if config.dtype == "auto" else config.dtype)
 
 
 def _build(
@@ -109,8 +124,8 @@ def _build(
             )
         if progress is not None:
             progress((i + 1) / len(items))
-    embed = gains["embed.weight"]
-    if spec.tied_embeddings:
+    embed = gains["embed.weight"] if "embed.weight" in gains else linears["head"].tensors["q"]  # packed together
+    if "head" not in linears:
         linears["head"] = Linear.pack("head", "dense", {"weight": embed}, None, spec.hidden_size, device, dtype)
     layers = [_layer(f"layers.{i}.", gains, linears) for i in range(spec.num_layers)]
     return ModelWeights(embed, gains["norm.weight"], linears["head"], layers)

@@ -3,7 +3,7 @@
     workspace/model.json                      spec, version, template name
               engine.toml                     settings for a person to edit
               tokenizer/                      the checkpoint's text files
-              weights/rank-R-of-N.safetensors canonical tensors
+              weights/rank-R-of-N.safetensors canonical tensors, or those that the C++ step of CPUs reads
               weights/kv-ranges.safetensors   ranges of an int8 cache, where calibrated
 
 Here its papers are read, without torch; `convert` writes it and `workspace_weights` reads its tensors.
@@ -22,12 +22,14 @@ MARK = "pagoda_workspace"  # key of model.json that holds the version
 
 @dataclass(frozen=True)
 class Workspace:
-    """An open workspace. `settings`: EngineConfig fields from engine.toml, `tp` among them."""
+    """An open workspace. `settings`: EngineConfig fields from engine.toml, `tp` among them. `packed`: the number format
+    (torch's name) for which its weights are packed for CPUs; None where they are canonical."""
 
     folder: Path
     spec: ModelSpec
     settings: dict[str, Any]
     template: str | None
+    packed: str | None = None
 
     @property
     def tokenizer(self) -> Path:
@@ -79,7 +81,8 @@ def open_workspace(folder: Path) -> Workspace:
             f"{folder}/engine.toml says tensor_para_size = {settings['tp']}, but the weights are cut for "
             f"{model.get('tp')}: write that number, or convert again with --tp {settings['tp']}."
         )
-    return Workspace(folder, spec_from_json(model.get("spec") or {}), settings, model.get("template"))
+    spec = spec_from_json(model.get("spec") or {})
+    return Workspace(folder, spec, settings, model.get("template"), model.get("packed"))
 
 
 def remembered_template(folder: Path) -> str | None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from pagoda.errors import WorkspaceError
+from pagoda.kernels.cpu.pack import PackedWeight
 from pagoda.layers.kv_schemes import StaticRanges
 from pagoda.models.local_weights import LocalMatrix, LocalTensor
 from pagoda.models.safetensors_file import SafetensorsFile
@@ -28,7 +29,8 @@ class LocalWorkspace:
     are missing or left over raise WorkspaceError."""
 
     def __init__(self, folder: Path, spec: ModelSpec, rank: int, size: int):
-        tp = open_workspace(folder).settings["tp"]
+        workspace = open_workspace(folder)
+        self.packed, tp = workspace.packed is not None, workspace.settings["tp"]
         if tp != size:
             raise WorkspaceError(
                 f"{folder} is cut for tp {tp}: run it with --tp {tp}, or convert again with --tp {size}."
@@ -42,7 +44,7 @@ class LocalWorkspace:
         for name in sorted(self._file.names):
             module, _, suffix = name.rpartition(".")
             self._parts.setdefault(module, {})[suffix] = self._file.get(name)
-        wanted = set(_module_names(spec))
+        wanted = set(_module_names(spec, self.packed))
         if wanted != set(self._parts):
             odd = min(wanted ^ set(self._parts))
             raise WorkspaceError(f"{self.path} and model.json differ in {odd}: convert the checkpoint again.")
@@ -57,10 +59,21 @@ class LocalWorkspace:
                 yield LocalTensor(f"{module}.weight", parts["weight"])
                 continue
             parts = dict(parts)
-            bias = parts.pop("bias", None)
-            scheme = "dense" if set(parts) == {"weight"} or self.spec.quant is None else self.spec.quant.scheme
+            bias = None
+            if self.packed:
+                self._check_packed(module, parts)
+                scheme = "packed"
+            else:
+                bias = parts.pop("bias", None)
+                scheme = "dense" if set(parts) == {"weight"} or self.spec.quant is None else self.spec.quant.scheme
             local_k = {"o": self.shape.num_heads * self.spec.head_dim, "down": self.shape.ffn_size}
             yield LocalMatrix(module, role, scheme, parts, bias, local_k.get(role, self.spec.hidden_size))
+
+    def _check_packed(self, module: str, parts: dict[str, Tensor]) -> None:
+        try:
+            PackedWeight.from_file(parts)
+        except ValueError as e:
+            raise WorkspaceError(f"{self.path}: {module} is damaged ({e}): convert the checkpoint again.") from None
 
 
 def read_kv_ranges(folder: Path, spec: ModelSpec, shape: LocalShape) -> tuple[StaticRanges, ...]:
@@ -77,9 +90,11 @@ def read_kv_ranges(folder: Path, spec: ModelSpec, shape: LocalShape) -> tuple[St
     return tuple(StaticRanges(*(file.get(f"layers.{i}.{name}")[heads] for name in names)) for i in layers)
 
 
-def _module_names(spec: ModelSpec) -> Iterator[str]:
-    """Canonical modules of a spec."""
-    yield from ("embed", "norm", *([] if spec.tied_embeddings else ["head"]))
+def _module_names(spec: ModelSpec, packed: bool) -> Iterator[str]:
+    """Canonical modules of a spec. What is packed has a head always, and no embedding where that is the head's."""
+    tied = spec.tied_embeddings
+    yield from ("norm", *(["embed"] if not (packed and tied) or spec.quant else []))
+    yield from ["head"] if packed or not tied else []
     kinds = [k for k in ROLES if k != "head"] + ["attention_norm", "ffn_norm"]
     kinds += ["attention.q_norm", "attention.k_norm"] if spec.qk_norm else []
     kinds += ["attention_post_norm", "ffn_post_norm"] if spec.post_norms else []

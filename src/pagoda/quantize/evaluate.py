@@ -16,11 +16,11 @@ from pathlib import Path
 from pagoda.config import EngineConfig
 from pagoda.engine.client import start_engine
 from pagoda.engine.request import EngineRequest, Output, SamplingParams
-from pagoda.engine.runner import pick_device, pick_dtype
+from pagoda.engine.runner import pick_device
 from pagoda.errors import EngineError, UsageError
 from pagoda.layers.kv_schemes import get_kv_scheme
 from pagoda.models.find import resolve_model, text_folder
-from pagoda.models.loader import resolve_spec
+from pagoda.models.loader import pick_dtype, resolve_spec
 from pagoda.models.spec import session_len
 from pagoda.models.workspace import remembered_template
 from pagoda.quantize.mini_tasks import Message, TaskScore, held_out_dialogues, held_out_stories, questions, score

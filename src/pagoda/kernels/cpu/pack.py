@@ -17,6 +17,8 @@ from pagoda.kernels.row_blocks import in_row_blocks
 
 KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 W8, W4, I8 = 3, 4, 5
+BITS = {0: 32, 1: 16, 2: 16, W8: 8, W4: 4}  # of a weight, by kind
+PARTS = ("q", "scales", "zeros", "bias", "perm")
 MIN_GROUP = 32  # columns that the integer kernels take at once
 HUGE_PAGE, MADV_HUGEPAGE = 2 << 20, 14
 
@@ -61,6 +63,46 @@ class PackedWeight:
     def tensors(self) -> list[Tensor]:
         """All that it owns."""
         return [t for t in (self.q, self.scales, self.zeros, self.bias, self.perm) if t is not None]
+
+    def to_file(self, out_features: int) -> dict[str, Tensor]:
+        """Everything as tensors by name, for a file. `out_features`: rows of the matrix without padding, which `form`
+        [kind, rows, cols, in_features, group, unit, out_features] remembers beside what the kernels need."""
+        numbers = (self.kind, self.rows, self.cols, self.in_features, self.group, self.unit, out_features)
+        return {"form": torch.tensor(numbers, dtype=torch.float64)} | {
+            name: t for name in PARTS if (t := getattr(self, name)) is not None
+        }
+
+    @classmethod
+    def from_file(cls, tensors: dict[str, Tensor], arena: "Arena | None" = None) -> "PackedWeight":
+        """What `to_file` gave, copied to the arena where there is one. ValueError where the tensors do not belong
+        together."""
+        if not {"form", "q"} <= set(tensors) <= {"form", *PARTS}:
+            raise ValueError("its parts are not those of a packed matrix")
+        kind, rows, cols, in_features, group, unit, _ = tensors["form"].tolist()
+        parts = {name: t for name, t in tensors.items() if name != "form"}
+        if arena is not None:
+            parts = {name: arena.take(*t.shape, dtype=t.dtype).copy_(t) for name, t in parts.items()}
+        made = cls(int(kind), int(rows), int(cols), int(in_features), group=int(group), unit=unit, **parts)
+        made._check_sizes()
+        return made
+
+    def _check_sizes(self) -> None:
+        """ValueError unless every part has the size that the kernels read."""
+        if self.kind not in BITS or self.cols < 1 or self.rows % 16 or self.in_features > self.cols:
+            raise ValueError(f"a matrix of kind {self.kind} cannot be {self.rows} by {self.cols}")
+        groups = self.cols // self.group if self.group else 0
+        wanted = {
+            "q": self.rows * self.cols * BITS[self.kind] // 8,
+            "scales": self.rows * groups * 2,
+            "zeros": self.rows * groups,
+            "bias": self.rows * 4,
+            "perm": self.cols * 4,
+        }
+        needed = {"q", "scales"} if self.kind in (W8, W4) else {"q"}
+        for name, nbytes in wanted.items():
+            part = getattr(self, name)
+            if part.nbytes != nbytes if part is not None else name in needed:
+                raise ValueError(f"its {name} are not of {nbytes} bytes")
 
 
 def _padded(t: Tensor, dim: int, multiple: int) -> Tensor:
@@ -213,14 +255,25 @@ def has_kernel(scheme: str, tensors: dict[str, Tensor]) -> bool:
         return tensors["weight"].dtype in KINDS
     if scheme == "int4":
         return tensors["qweight"].shape[1] * 2 // tensors["scales"].shape[1] % MIN_GROUP == 0
-    return scheme == "int8"
+    return scheme in ("int8", "packed")
 
 
 def pack_cpu(
-    scheme: str, tensors: dict[str, Tensor], role: str, bias: Tensor | None, in_features: int, arena: Arena
+    scheme: str,
+    tensors: dict[str, Tensor],
+    role: str,
+    bias: Tensor | None,
+    in_features: int,
+    arena: Arena,
+    quantized: bool = False,
 ) -> PackedWeight:
-    """A matrix in its scheme's canonical form, for which there is a kernel."""
+    """A matrix in its scheme's canonical form, for which there is a kernel, or as a file has it packed. `quantized`:
+    the layers are, and beside them a dense head would be the most of a step's bytes: it goes to 8 bit."""
     glu = role == "gate_up"
+    if scheme == "packed":
+        return PackedWeight.from_file(tensors, arena)
+    if scheme == "dense" and role == "head" and quantized:
+        return pack_int8(*quantize_int8(tensors["weight"]), bias, in_features=in_features, arena=arena)
     if scheme == "dense":
         return pack_dense(tensors["weight"], bias, glu, arena)
     if scheme == "int8":

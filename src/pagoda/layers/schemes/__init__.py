@@ -17,6 +17,7 @@ Canonical tensors per scheme (N out features, K in features, Kp = K padded to wh
   int8   qweight int8 [N, K], scales float32 [N] (symmetric, one a row)
   fp8    qweight float8_e4m3fn [N, K]; scales float32 [N] (one a row) or [N, ceil(K/128)] (groups of 128 inputs);
          value q * scale; optional input_scale float32 [] (static activations: x = q_x * input_scale)
+  packed  any of the first three as the C++ step of CPUs reads it (workspaces that are written for CPUs)
 
 A bias is not part of a scheme: the linear keeps it. Adding a scheme is one class here and one kernel.
 """
@@ -30,6 +31,7 @@ from pagoda.kernels.small_linear import Extras
 from pagoda.layers.schemes.dense import Dense
 from pagoda.layers.schemes.eight_bit import Fp8, Int8
 from pagoda.layers.schemes.int4 import Int4
+from pagoda.layers.schemes.packed import Packed
 
 if TYPE_CHECKING:
     from pagoda.layers.linear import Linear
@@ -77,4 +79,4 @@ class Scheme(Protocol):
         """The matrix that is multiplied, float32 [N, K], rows in their canonical order: the oracle."""
 
 
-SCHEMES: dict[str, type] = {"dense": Dense, "int4": Int4, "int8": Int8, "fp8": Fp8}
+SCHEMES: dict[str, type] = {"dense": Dense, "int4": Int4, "int8": Int8, "fp8": Fp8, "packed": Packed}

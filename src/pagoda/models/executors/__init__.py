@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pagoda.config import EngineConfig
+from pagoda.errors import WorkspaceError
 from pagoda.layers.parallel import Group
 from pagoda.models.decoder import StepInput, StepProgram
 
@@ -47,6 +48,11 @@ def make_executor(
         if not isinstance(made, str):
             return made
         why_eager = made
+        if any(getattr(op, "linear", None) is not None and op.linear.scheme.name == "packed" for op in program.ops):
+            raise WorkspaceError(
+                f"The workspace is packed for the C++ step, which cannot run here ({made}): "
+                "convert the checkpoint again without --device cpu."
+            )
     if device.type == "cuda":
         from pagoda.models.executors.gpu import GpuExecutor
 

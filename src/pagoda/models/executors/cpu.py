@@ -19,8 +19,6 @@ from pagoda.kernels.cpu.pack import (
     address,
     has_kernel,
     pack_cpu,
-    pack_int8,
-    quantize_int8,
     return_freed_memory,
 )
 from pagoda.kernels.cpu.step_table import LayerStruct, ModelStruct, StepContext, StepStruct
@@ -140,13 +138,9 @@ class CpuExecutor:
         return {t.data_ptr(): t.nbytes for t in kept}
 
     def _weight(self, linear: Any) -> PackedWeight:
-        """Packed. Beside quantized layers a dense head would be the most of a step's bytes: it goes to 8 bit."""
         scheme, bias, inputs = linear.scheme.name, linear.bias, linear.in_features
         tensors = linear.release() if self._take else linear.tensors
-        if linear.role == "head" and scheme == "dense" and self.spec.quant is not None:
-            packed = pack_int8(*quantize_int8(tensors["weight"]), bias, in_features=inputs, arena=self._arena)
-        else:
-            packed = pack_cpu(scheme, tensors, linear.role, bias, inputs, self._arena)
+        packed = pack_cpu(scheme, tensors, linear.role, bias, inputs, self._arena, self.spec.quant is not None)
         self._keep.append(packed)
         return packed
 
@@ -168,7 +162,7 @@ class CpuExecutor:
 
     def _model(self, program: StepProgram, act: str) -> ModelStruct:
         spec, embed, head = program.spec, program.ops[0], program.ops[-1]
-        tied = head.linear.tensors.get("weight") is embed.weight_VC and spec.quant is None
+        tied = any(t is embed.weight_VC for t in head.linear.tensors.values()) and spec.quant is None
         head_weight = self._weight(head.linear)
         table_VC = head_weight.q if tied else embed.weight_VC.contiguous()
         self._keep.append(table_VC)
@@ -179,7 +173,7 @@ class CpuExecutor:
             vocab=head.vocab_size,
             rotary_pairs=spec.rope.dim // 2,
             gelu=act == "gelu_tanh",
-            embed_kind=KINDS[embed.weight_VC.dtype],
+            embed_kind=head_weight.kind if tied else KINDS[embed.weight_VC.dtype],
             embed_blocks=tied,
             eps=spec.norm_eps,
             embed_scale=torch.tensor(embed.scale, dtype=self.dtype).item(),
