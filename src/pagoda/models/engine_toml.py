@@ -7,11 +7,7 @@ from typing import Any
 from pagoda.config import EngineConfig, parse_quant_policy
 from pagoda.errors import ConfigError, WorkspaceError
 from pagoda.log import get_logger
-
-try:
-    import tomllib
-except ModuleNotFoundError:  # Python 3.10
-    import tomli as tomllib  # type: ignore[no-redef]
+from pagoda.toml_data import tomllib
 
 log = get_logger(__name__)
 

@@ -11,11 +11,11 @@ from random import Random
 from typing import Any, NamedTuple
 
 from pagoda.quantize import mini_world as world
-from pagoda.quantize.mini_world import read_data
+from pagoda.toml_data import read_table
 
 Message = dict[str, Any]
-TALK = read_data("mini_talk")
-_PHRASES = read_data("mini_exchanges")
+TALK = read_table("quantize", "mini_talk")
+_PHRASES = read_table("quantize", "mini_exchanges")
 
 
 class Exchange(NamedTuple):

@@ -2,9 +2,10 @@
 
 from random import Random
 
-from pagoda.quantize.mini_world import NAMES, read_data
+from pagoda.quantize.mini_world import NAMES
+from pagoda.toml_data import read_table
 
-_DATA = read_data("mini_stories")
+_DATA = read_table("quantize", "mini_stories")
 _PHRASES, _SENTENCES = _DATA["phrases"], _DATA["sentences"]
 TOPICS: list[str] = _PHRASES["animal"]
 STORY_ASKS: list[str] = _DATA["asks"]

@@ -6,7 +6,7 @@ from typing import Any
 
 from pagoda.quantize import mini_world as world
 from pagoda.quantize.mini_exchanges import Exchange, Message
-from pagoda.quantize.mini_world import read_data
+from pagoda.toml_data import read_table
 
 Tool = dict[str, Any]
 
@@ -24,7 +24,7 @@ For each function call, return a json object with function name and arguments wi
 {"name": <function-name>, "arguments": <args-json-object>}
 </tool_call>"""
 
-_DATA = read_data("mini_tools")
+_DATA = read_table("quantize", "mini_tools")
 _KINDS = _DATA["kinds"]
 
 

@@ -1,13 +1,9 @@
 """The small world that Pagoda mini knows: facts, words and names in English and Chinese (`mini_world.toml`)."""
 
 from dataclasses import dataclass
-from importlib.resources import files
 from typing import Any
 
-try:
-    import tomllib
-except ModuleNotFoundError:  # Python 3.10
-    import tomli as tomllib  # type: ignore[no-redef]
+from pagoda.toml_data import read_table
 
 
 @dataclass(frozen=True)
@@ -19,11 +15,6 @@ class Relation:
     asks: list[str]
     reply: str
     language: str
-
-
-def read_data(name: str) -> dict[str, Any]:
-    """What the data file `name`.toml beside this module holds."""
-    return tomllib.loads(files("pagoda.quantize").joinpath(f"{name}.toml").read_text(encoding="utf-8"))
 
 
 def _rows(table: dict[str, Any]) -> list[list[str]]:
@@ -43,7 +34,7 @@ def _column(table: dict[str, Any], name: str) -> list[str]:
     return [row[table["columns"].index(name)] for row in table["rows"]]
 
 
-_DATA = read_data("mini_world")
+_DATA = read_table("quantize", "mini_world")
 _TABLES = _DATA["tables"]
 WORDS: list[str] = _DATA["words"]
 NAMES: list[str] = _DATA["names"]
