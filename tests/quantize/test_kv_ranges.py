@@ -56,7 +56,7 @@ def test_a_calibrated_cache_serves_as_well(tmp_path, symmetric):
         config = EngineConfig(device="cpu", dtype="float32", quant_policy=policy, max_batch_size=8)
         with Evaluator(workspace, config) as evaluator:
             found[policy] = evaluator.dialogues(12).perplexity
-            assert ("ranges of an int8 cache" in evaluator.engine.info.report[0]) == (policy == "int8")
+            assert "one C++ call" in evaluator.engine.info.report[0]
     assert found["int8"] != found["none"]
     assert found["int8"] == pytest.approx(found["none"], rel=5e-3)
 

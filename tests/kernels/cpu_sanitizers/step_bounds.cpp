@@ -51,7 +51,7 @@ struct Memory {  // owns what the tables point to; 64 bytes aligned, nothing to 
   }
 };
 
-static int run(int kind, int cache_kind, int threads, bool extras, bool print) {
+static int run(int kind, int cache_kind, bool fixed, int threads, bool extras, bool print) {
   const int hidden = 40, ffn = 52, vocab = 35, heads = 6, kv = 2, dim = 24, width = 32, blocks = 48, layers = 2, len = 32;
   Memory mem;
   std::vector<Layer> layer(layers);
@@ -67,8 +67,12 @@ static int run(int kind, int cache_kind, int threads, bool extras, bool print) {
       l.window = 17;
     }
     const size_t bytes = tokens_kept * width * kv_element(cache_kind);
-    l.cache = {mem.make<uint8_t>(bytes), mem.make<uint8_t>(bytes), nullptr, nullptr};
-    if (cache_kind == I8) { l.cache.k_scale = mem.make<float>(tokens_kept); l.cache.v_scale = mem.make<float>(tokens_kept); }
+    l.cache = {mem.make<uint8_t>(bytes), mem.make<uint8_t>(bytes)};
+    const size_t scales = fixed ? kv * UNIT : tokens_kept;
+    if (cache_kind == I8) { l.cache.k_scale = mem.make<float>(scales); l.cache.v_scale = mem.make<float>(scales); }
+    if (!fixed) continue;
+    for (size_t i = 0; i < scales; i++) l.cache.k_scale[i] = l.cache.v_scale[i] = 1.f / 64;
+    l.cache.k_zero = mem.floats(kv, 1); l.cache.v_zero = mem.floats(kv, 1);
   }
   Model m{};
   m.layers = layers; m.hidden = hidden; m.ffn = ffn; m.vocab = vocab; m.rotary_pairs = dim / 2; m.num_blocks = blocks;
@@ -110,9 +114,9 @@ static int run(int kind, int cache_kind, int threads, bool extras, bool print) {
 int main(int argc, char**) {
   int bad = 0;
   for (int kind : {F32, F16, BF16, W8, W4})
-    for (int cache : {F32, F16, BF16, I8}) {
+    for (int cache : std::initializer_list<int>{F32, F16, BF16, I8, -I8}) {  // -I8: with calibrated ranges
       if (argc > 1) printf("%d %d: ", kind, cache);
-      bad += run(kind, cache, kind % 2 + 1, cache % 2, argc > 1);
+      bad += run(kind, abs(cache), cache < 0, kind % 2 + 1, cache % 2, argc > 1);
       if (argc > 1) printf("\n");
     }
   printf("%d wrong\n", bad);

@@ -2,7 +2,9 @@
 // element of 16 keys and both products need no transposes (width: head_dim rounded up to 16, the rest is zero):
 //   F32, F16  K [unit][kv head][width][16]       V [unit][kv head][16][width]
 //   BF16, I8  K [unit][kv head][width/2][16][2]  V [unit][kv head][8][width][2]      (pairs: what dot_bf16 takes)
-//   I8 has one float32 scale per token and head, [unit][kv head][16], for K and for V.
+//   I8 has one float32 scale per token and head, [unit][kv head][16], for K and for V; or, where calibration fixed them,
+//   one per head, 16 times over, [kv head][16], and a zero: x = code * scale + zero. Zeros never meet the codes: a
+//   softmax does not see what all its scores have in common (a soft cap does), and that of V is added to the result.
 // A block of the engine is a whole number of units. Formats that the dot products do not take are unpacked unit by
 // unit into a tile that all queries of a job share.
 #pragma once
@@ -10,7 +12,7 @@
 #include "linear.h"
 
 constexpr int UNIT = 16, CHUNK = 8;  // tokens of a unit; units per round of the online softmax
-struct Cache { uint8_t *k, *v; float *k_scale, *v_scale; };
+struct Cache { uint8_t *k, *v; float *k_scale, *v_scale; const float *k_zero, *v_zero; };  // zeros [kv head], or null
 struct Shape { int32_t kind, heads, kv_heads, dim, width, block_len; float scale, softcap; };
 
 static inline bool in_pairs(int kind) { return BF16_DOT && (kind == BF16 || kind == I8); }
@@ -27,23 +29,26 @@ static float int8_scale(const float* x, int n) {
 }
 static void put_element(int kind, uint8_t* base, size_t i, float x) {
   if (kind == F32) memcpy(base + 4 * i, &x, 4);
-  else if (kind == I8) ((int8_t*)base)[i] = (int8_t)lrintf(x);
+  else if (kind == I8) ((int8_t*)base)[i] = (int8_t)lrintf(x < -128.f ? -128.f : x > 127.f ? 127.f : x);
   else { const uint16_t h = kind == BF16 ? float_bf16(x) : float_f16(x); memcpy(base + 2 * i, &h, 2); }
 }
 // k, v [dim] to slot (block * block_len + offset) of kv head h; padding up to `width` was zero from the start
 static void write_kv(const Shape& s, const Cache& c, int64_t slot, int h, const float* k, const float* v) {
   const size_t row = (size_t)(slot / UNIT) * s.kv_heads + h, t = slot % UNIT, bytes = kv_element(s.kind);
   uint8_t *kp = c.k + row * UNIT * s.width * bytes, *vp = c.v + row * UNIT * s.width * bytes;
+  const bool fixed = c.k_zero;
+  const float kz = fixed ? c.k_zero[h] : 0.f, vz = fixed ? c.v_zero[h] : 0.f;
   float ki = 1.f, vi = 1.f;
   if (s.kind == I8) {
-    const float ks = int8_scale(k, s.dim), vs = int8_scale(v, s.dim);
-    c.k_scale[row * UNIT + t] = ks; c.v_scale[row * UNIT + t] = vs;
+    const float ks = fixed ? c.k_scale[h * UNIT] : int8_scale(k, s.dim);
+    const float vs = fixed ? c.v_scale[h * UNIT] : int8_scale(v, s.dim);
+    if (!fixed) { c.k_scale[row * UNIT + t] = ks; c.v_scale[row * UNIT + t] = vs; }
     ki = ks > 0 ? 1.f / ks : 0.f; vi = vs > 0 ? 1.f / vs : 0.f;
   }
   const bool pairs = s.kind == BF16 || s.kind == I8;
   for (int d = 0; d < s.dim; d++) {
-    put_element(s.kind, kp, pairs ? (size_t)(d / 2) * 32 + t * 2 + d % 2 : (size_t)d * 16 + t, k[d] * ki);
-    put_element(s.kind, vp, pairs ? (t / 2) * s.width * 2 + d * 2 + t % 2 : t * s.width + d, v[d] * vi);
+    put_element(s.kind, kp, pairs ? (size_t)(d / 2) * 32 + t * 2 + d % 2 : (size_t)d * 16 + t, (k[d] - kz) * ki);
+    put_element(s.kind, vp, pairs ? (t / 2) * s.width * 2 + d * 2 + t % 2 : t * s.width + d, (v[d] - vz) * vi);
   }
 }
 
@@ -93,6 +98,7 @@ struct Queries {  // rows of one job: all heads of some tokens that share a kv h
   int count;
   uint8_t* q;              // [count][width] bf16 or float32, scaled
   float *acc, *top, *sum;  // [count][width] unnormalised output; running maximum and sum of the softmax
+  float* shift;            // what K's zero adds to each of the row's scores
   int *lo, *hi;            // keys that the row sees: lo .. hi - 1
 };
 
@@ -118,7 +124,7 @@ template <int R, bool PAIRS> static void scores(const Shape& s, const View& w, c
     for (int n = 0; n < N && u + n < w.units; n++)
       for (int r = 0; r < R; r++) {
         F x = w.k_scale[u + n] ? a[n][r] * load(w.k_scale[u + n]) : a[n][r];
-        if (s.softcap > 0) x = set1(s.softcap) * tanh(x * set1(1.f / s.softcap));
+        if (s.softcap > 0) x = set1(s.softcap) * tanh((x + set1(q.shift[r0 + r])) * set1(1.f / s.softcap));
         const int first = w.first + (u + n) * UNIT;
         store(out + (r * CHUNK + u + n) * UNIT, between(x, q.lo[r0 + r] - first, q.hi[r0 + r] - first, -INFINITY));
       }
@@ -189,8 +195,9 @@ static void attend_range(const Shape& s, const Cache& c, const int32_t* blocks, 
       uint8_t* v = tiles + (2 * u + 1) * tile;
       w.v[u] = unpack(s.kind, c.v + row * unit_bytes, v, s.width, s.width);
       w.v[u] = blank_tail(s.kind, w.v[u], v, s.width, to - first - u * UNIT);
-      w.k_scale[u] = s.kind == I8 ? c.k_scale + row * UNIT : nullptr;
-      w.v_scale[u] = s.kind == I8 ? c.v_scale + row * UNIT : nullptr;
+      const size_t scales = (c.k_zero ? h : row) * UNIT;
+      w.k_scale[u] = s.kind == I8 ? c.k_scale + scales : nullptr;
+      w.v_scale[u] = s.kind == I8 ? c.v_scale + scales : nullptr;
     }
     for (int r = 0; r < q.count; r += MAX_ROWS) {
       const int rows = q.count - r < MAX_ROWS ? q.count - r : MAX_ROWS;

@@ -121,7 +121,7 @@ void Run::attend_job(const Layer& l, const Job& job, int h, Scratch& s) {
   const int start = st.query_start[job.seq], count = st.query_start[job.seq + 1] - start;
   Queries &all = s.q, part = s.part;
   all.count = part.count = job.count * group;
-  part.q = all.q; part.lo = all.lo; part.hi = all.hi;
+  part.q = all.q; part.shift = all.shift; part.lo = all.lo; part.hi = all.hi;
   for (int i = 0; i < job.count; i++) {
     const int m = job.token + i, seen = st.kv_len[job.seq] - count + (m - start) + 1;
     for (int g = 0; g < group; g++) {
@@ -129,11 +129,14 @@ void Run::attend_job(const Layer& l, const Job& job, int h, Scratch& s) {
       all.hi[r] = seen;
       all.lo[r] = l.window && seen > l.window ? seen - (int)l.window : 0;
       const float* q = qkv + (size_t)m * ld_qkv + (h * group + g) * sh.dim;
+      float total = 0;
       for (int d = 0; d < sh.width; d++) {
         const float v = d < sh.dim ? q[d] : 0.f;
+        total += v;
         if (in_pairs(sh.kind)) ((uint16_t*)all.q)[(size_t)r * sh.width + d] = float_bf16(v);
         else ((float*)all.q)[(size_t)r * sh.width + d] = v;
       }
+      all.shift[r] = l.cache.k_zero ? total * l.cache.k_zero[h] : 0.f;
     }
   }
   clear(all, sh.width);
@@ -145,22 +148,23 @@ void Run::attend_job(const Layer& l, const Job& job, int h, Scratch& s) {
     attend_range(sh, l.cache, blocks, h, most(from, all.lo[0] / (CHUNK * UNIT) * (CHUNK * UNIT)), to, part, s.tiles);
     absorb(all, part, sh.width);
   }
-  if (job.part < 0) return finish(all, job.token, job.count, h);
+  if (job.part < 0) return finish(l, all, job.token, job.count, h);
   const size_t at = ((size_t)job.part * sh.kv_heads + h) * rows;
   memcpy(part_acc + at * sh.width, all.acc, (size_t)all.count * sh.width * sizeof(float));
   memcpy(part_top + at, all.top, all.count * sizeof(float));
   memcpy(part_sum + at, all.sum, all.count * sizeof(float));
 }
 
-void Run::finish(const Queries& q, int token, int count, int h) {
+void Run::finish(const Layer& l, const Queries& q, int token, int count, int h) {
+  const float zero = l.cache.v_zero ? l.cache.v_zero[h] : 0.f;
   for (int r = 0; r < count * group; r++) {
     float* to = attended + (size_t)(token + r / group) * ld_out + (h * group + r % group) * sh.dim;
     const float inverse = q.sum[r] > 0 ? 1.f / q.sum[r] : 0.f;
-    for (int d = 0; d < sh.dim; d++) to[d] = q.acc[(size_t)r * sh.width + d] * inverse;
+    for (int d = 0; d < sh.dim; d++) to[d] = q.acc[(size_t)r * sh.width + d] * inverse + (inverse > 0 ? zero : 0.f);
   }
 }
 
-void Run::merge(int t, int of) {
+void Run::merge(int t, int of, const Layer& l) {
   const int jobs = (int)ctx.merges.size() * sh.kv_heads;
   for (int j = t; j < jobs; j += of) {
     const Merge& merge = ctx.merges[j / sh.kv_heads];
@@ -173,7 +177,7 @@ void Run::merge(int t, int of) {
       part.acc = part_acc + at * sh.width; part.top = part_top + at; part.sum = part_sum + at;
       absorb(all, part, sh.width);
     }
-    finish(all, merge.token, merge.count, j % sh.kv_heads);
+    finish(l, all, merge.token, merge.count, j % sh.kv_heads);
   }
   ctx.barrier.wait(of);
 }
@@ -183,7 +187,7 @@ void Run::attention(int t, int of, const Layer& l) {
   for (int j = ctx.barrier.claim(); j < jobs; j = ctx.barrier.claim())
     attend_job(l, ctx.jobs[j / sh.kv_heads], j % sh.kv_heads, scratch[t]);
   ctx.barrier.wait(of);
-  if (!ctx.merges.empty()) merge(t, of);
+  if (!ctx.merges.empty()) merge(t, of, l);
 }
 
 void Run::thread(int t, int of) {

@@ -137,7 +137,7 @@ class Run {  // what all threads of one step share
       s.own = {c.take<uint8_t>(act_row), c.take<float>(groups), c.take<int32_t>(groups)};
       for (Queries* q : {&s.q, &s.part})
         *q = {0, c.take<uint8_t>(rows * sh.width * 4), c.take<float>(rows * sh.width), c.take<float>(rows),
-              c.take<float>(rows), c.take<int>(rows), c.take<int>(rows)};
+              c.take<float>(rows), c.take<float>(rows), c.take<int>(rows), c.take<int>(rows)};
       s.tiles = c.take<uint8_t>((size_t)2 * CHUNK * UNIT * sh.width * 4);
     }
   }
@@ -150,7 +150,7 @@ class Run {  // what all threads of one step share
   void write_cache(int of, const Layer& l);
   void attention(int t, int of, const Layer& l);
   void attend_job(const Layer& l, const Job& job, int h, Scratch& s);
-  void finish(const Queries& q, int token, int count, int h);
-  void merge(int t, int of);
+  void finish(const Layer& l, const Queries& q, int token, int count, int h);
+  void merge(int t, int of, const Layer& l);
 };
 

@@ -12,7 +12,7 @@ _I32, _F32, _PTR = ctypes.c_int32, ctypes.c_float, ctypes.c_void_p
 
 
 class CacheStruct(ctypes.Structure):
-    _fields_ = [(name, _PTR) for name in ("k", "v", "k_scale", "v_scale")]
+    _fields_ = [(name, _PTR) for name in ("k", "v", "k_scale", "v_scale", "k_zero", "v_zero")]
 
 
 class ShapeStruct(ctypes.Structure):

@@ -21,8 +21,9 @@ from pagoda.kernels.cpu.pack import (
     pack_cpu,
     return_freed_memory,
 )
-from pagoda.kernels.cpu.step_table import LayerStruct, ModelStruct, StepContext, StepStruct
+from pagoda.kernels.cpu.step_table import CacheStruct, LayerStruct, ModelStruct, StepContext, StepStruct
 from pagoda.kernels.cpu.threads import default_threads
+from pagoda.layers.kv_schemes import StaticRanges
 from pagoda.layers.parallel import Group
 from pagoda.layers.rope import Rope, logn_scale
 from pagoda.models import decoder as ops
@@ -67,8 +68,6 @@ def _check(program: StepProgram, config: EngineConfig, dtype: torch.dtype, group
         raise CannotRun("tensor parallel ranks meet in torch")
     if config.quant_policy not in ("none", "int8"):
         raise CannotRun(f"the C++ step has no {config.quant_policy} cache")
-    if config.quant_policy == "int8" and program.kv_ranges:
-        raise CannotRun("the C++ step computes the ranges of an int8 cache itself")
     if config.cache_block_seq_len % UNIT:
         raise CannotRun(f"the C++ step wants cache blocks of {UNIT} tokens or a multiple")
     if dtype not in KINDS:
@@ -109,6 +108,7 @@ class CpuExecutor:
         self.variant = variant or usable_variants()[0]
         self.threads = config.num_threads or default_threads()
         self.kv_kind = I8 if config.quant_policy == "int8" else KINDS[dtype]
+        self.fixed = self.kv_kind == I8 and len(program.kv_ranges) > 0
         self.width = -(-spec.head_dim // 16) * 16
         self.rope = Rope(spec.rope, session_len(spec, config), device)
         self.context = StepContext(load(self.variant))
@@ -116,6 +116,9 @@ class CpuExecutor:
         self._keep: list[Any] = []  # what the tables point to
         self._take, self._arena = take_weights, Arena()
         self.layers = (LayerStruct * len(layers))(*(self._layer(layer) for layer in layers))
+        if self.fixed:
+            for entry, ranges in zip(self.layers, program.kv_ranges, strict=True):
+                self._fix(entry.cache, ranges)
         self.model = self._model(program, layers[0][9].act)
         self.weight_bytes = sum(self._sizes().values())
         return_freed_memory()
@@ -191,10 +194,17 @@ class CpuExecutor:
         )  # fmt: skip
         return model
 
-    # ---- the cache: per layer k and v [units, kv heads, 16 * width], for int8 their scales [units, kv heads, 16]
+    # ---- the cache: per layer k and v [units, kv heads, 16 * width], for int8 their scales [units, kv heads, 16] where
+    # calibration did not fix them
+    def _fix(self, cache: CacheStruct, ranges: StaticRanges) -> None:
+        scales = (self._float(scale_K.repeat_interleave(UNIT)) for scale_K in (ranges.k_scale, ranges.v_scale))
+        cache.k_scale, cache.v_scale = scales
+        cache.k_zero, cache.v_zero = self._float(ranges.k_zero), self._float(ranges.v_zero)
+
     def bytes_per_block(self) -> int:
         """Of one block of the KV cache: all layers."""
-        per_token = self.width * (1 if self.kv_kind == I8 else self.dtype.itemsize) + (4 if self.kv_kind == I8 else 0)
+        scale = 4 if self.kv_kind == I8 and not self.fixed else 0
+        per_token = self.width * (1 if self.kv_kind == I8 else self.dtype.itemsize) + scale
         block_len, heads = self.config.cache_block_seq_len, self.model.shape.kv_heads
         return 2 * block_len * heads * per_token * len(self.layers)
 
@@ -207,7 +217,8 @@ class CpuExecutor:
         arena = Arena()
         for layer in self.layers:
             numbers = [arena.take(units, heads, UNIT * self.width, dtype=dtype) for _ in range(2)]
-            scales = [torch.zeros(units, heads, UNIT) for _ in range(2)] if self.kv_kind == I8 else []
+            own_scales = self.kv_kind == I8 and not self.fixed
+            scales = [torch.zeros(units, heads, UNIT) for _ in range(2)] if own_scales else []
             self.cache += numbers + scales
             layer.cache.k, layer.cache.v = (address(t) for t in numbers)
             if scales:
