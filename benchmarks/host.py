@@ -17,7 +17,8 @@ from pagoda.engine.kv_cache import MemoryPlan
 from pagoda.engine.process import EngineLoop, Grammars
 from pagoda.engine.request import EngineRequest, SamplingParams
 from pagoda.engine.schedule import Schedule, StepResult
-from pagoda.engine.scheduler import Scheduler, SchedulerConfig
+from pagoda.engine.scheduler import Scheduler
+from pagoda.engine.scheduler_config import SchedulerConfig
 from pagoda.models.loader import resolve_model
 
 SESSION_LEN, BLOCK_LEN = 4352, 64

@@ -183,6 +183,10 @@ class EngineConfig(Checked):
     max_queued_requests: int | None = knob(
         None, "requests that may wait; default: four times max_batch_size", check=_none_or(_positive), rule="1 or more"
     )
+    max_queued_tokens: int | None = knob(
+        None, "tokens that the prompts of waiting requests may have in all; default: no limit",
+        check=_none_or(_positive), rule="1 or more",
+    )  # fmt: skip
     cuda_graph: bool = knob(True, "replay decode steps as CUDA graphs (GPU only)", parse=parse_bool)
 
     def under(self, settings: Mapping[str, Any]) -> "EngineConfig":

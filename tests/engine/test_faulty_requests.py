@@ -94,6 +94,9 @@ class Matcher:
         if grammar == "begin":
             raise RuntimeError("no grammar")
 
+    def copy(self):
+        return Matcher(self.grammar)
+
     def fill_mask(self, row_W):
         row_W[:] = -1
         if self.grammar == "mask" and self.num == 2:
@@ -141,7 +144,8 @@ def test_the_first_grammar_of_a_server_reads_no_vocabulary(monkeypatch: pytest.M
         assert len(readers) == 1 and readers[0] != threading.get_ident()
         grammar = compile_grammar({"type": "regex", "regex": "a+"})
         assert grammar is not None
-        loop._grammars.add("a", grammar)
-        assert len(readers) == 1
+        loop._grammars.begin("a", grammar)
+        loop._grammars._threads.shutdown()
+        assert list(loop._grammars.settled()) == [("a", None)] and len(readers) == 1
     finally:
         loop._workers.close()

@@ -10,7 +10,8 @@ from fake_device import FakeDevice, expected, request
 from pagoda.engine.blocks import BlockPool
 from pagoda.engine.prefix import PrefixCache
 from pagoda.engine.schedule import StepResult
-from pagoda.engine.scheduler import Scheduler, SchedulerConfig
+from pagoda.engine.scheduler import Scheduler
+from pagoda.engine.scheduler_config import SchedulerConfig
 from pagoda.errors import OverloadedError, PromptTooLongError, RequestError, SessionBusyError
 
 
@@ -141,6 +142,26 @@ def test_refusals_change_nothing():
     with pytest.raises(PromptTooLongError, match="5 of the session's history"):
         add(request("c", [1] * 5, session="s"))
     assert engine.scheduler.counters.refused == 7 and not engine.scheduler.has_work
+
+
+def test_prompts_of_so_many_tokens_may_wait_and_one_of_any_length():
+    engine = Engine(max_batch_size=1, max_queued_tokens=10, num_blocks=9)
+    for id, length in (("runs", 3), ("huge", 20)):
+        engine.scheduler.add(request(id, [1] * length))
+        engine.step()
+    with pytest.raises(OverloadedError, match=r"20 tokens wait already, 10 "):
+        engine.scheduler.add(request("late", [2]))
+    assert engine.scheduler.counters.refused == 1
+    while "runs" not in engine.ends:
+        engine.step()
+    engine.step()
+    for id in ("a", "b"):
+        engine.scheduler.add(request(id, [2] * 5))
+    with pytest.raises(OverloadedError, match="10 tokens wait"):
+        engine.scheduler.add(request("late", [2]))
+    engine.scheduler.abort("a")
+    engine.run(request("late", [2] * 5))
+    assert set(engine.ends.values()) == {"length"} and not engine.scheduler.num_waiting
 
 
 def test_stop_token_ends_and_is_not_in_the_answer():

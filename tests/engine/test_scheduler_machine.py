@@ -17,8 +17,9 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from pagoda.engine.scheduler import Scheduler, SchedulerConfig
-from pagoda.errors import OverloadedError, PromptTooLongError, SessionBusyError
+from pagoda.engine.scheduler import Scheduler
+from pagoda.engine.scheduler_config import SchedulerConfig
+from pagoda.errors import GrammarError, OverloadedError, PromptTooLongError, SessionBusyError
 
 PREFIX = [1, 2, 3, 1, 2, 3, 4, 5, 1, 2]
 
@@ -47,6 +48,7 @@ class Machine(RuleBasedStateMachine):
         self.sessions: dict = {}  # session -> tokens
         self.turns: dict = {}  # session -> running id
         self.last: dict = {}  # session -> the id that was committed last, and its prompt's length
+        self.held: set = set()
         self.num = 0
 
     @rule(
@@ -61,8 +63,9 @@ class Machine(RuleBasedStateMachine):
         seed=st.integers(0, 2),
         scored=st.booleans(),
         grammar=st.booleans(),
+        held=st.booleans(),
     )
-    def add(self, shared, tail, salt, session, priority, max_tokens, min_tokens, stop, seed, scored, grammar):
+    def add(self, shared, tail, salt, session, priority, max_tokens, min_tokens, stop, seed, scored, grammar, held):
         prompt = (PREFIX[:shared] + tail) or [0]
         self.num += 1
         req = request(
@@ -82,7 +85,8 @@ class Machine(RuleBasedStateMachine):
             with pytest.raises(error):
                 self.scheduler.add(req)
             return
-        self.scheduler.add(req)
+        self.scheduler.add(req, held)
+        self.held |= {req.id} if held else set()
         self.live[req.id], self.got[req.id] = (req, whole), []
         if session is not None:
             self.turns[session] = req.id
@@ -126,6 +130,19 @@ class Machine(RuleBasedStateMachine):
             plan, result = self.flights[0]
             result.errors[plan.rows[-1].slot] = "not a number"
 
+    @rule(index=st.integers(1, 60), fails=st.booleans())
+    def settle(self, index, fails):
+        """Any state: held, settled, running, ended, never added."""
+        id = f"r{1 + index % (self.num + 1)}"
+        refused = self.scheduler.counters.refused
+        output = self.scheduler.settle(id, GrammarError("no") if fails else None)
+        assert (output is not None) == (fails and id in self.held)
+        assert self.scheduler.counters.refused - refused == (output is not None)
+        self.held.discard(id)
+        if output is not None:
+            assert (output.finish_reason, output.error_kind) == ("error", "GrammarError")
+            self.take(output)
+
     @rule(session=st.sampled_from("st"))
     def delete_session(self, session):
         assert self.scheduler.sessions.delete(session) == (session in self.sessions)
@@ -168,6 +185,7 @@ class Machine(RuleBasedStateMachine):
 
     def end(self, req, kept, prompt_len):
         del self.live[req.id]
+        self.held.discard(req.id)
         if self.turns.get(req.session_id) == req.id:
             del self.turns[req.session_id]
             if kept is not None:
@@ -189,6 +207,8 @@ class Machine(RuleBasedStateMachine):
             if name not in self.turns:
                 assert scheduler.sessions.tokens(name) == found
         assert len(scheduler.cache._entries) == len(scheduler.cache._names)
+        assert not self.held & {seq.request.id for seq in scheduler._running}
+        assert scheduler.has_work == bool(set(self.live) - self.held)
         stats = scheduler.stats()
         assert stats.blocks_used == len(refs) and stats.num_waiting == scheduler.num_waiting
 
@@ -197,6 +217,8 @@ class Machine(RuleBasedStateMachine):
         if not hasattr(self, "scheduler"):
             return
         self.scheduler.pool.__dict__.pop("allocate", None)
+        for id in list(self.held):
+            self.settle(int(id[1:]) - 1, False)
         for _ in range(60 * (2 + len(self.live)) ** 2):
             if not self.scheduler.has_work:
                 break
@@ -221,7 +243,12 @@ def wander(seed: int, num_moves: int) -> Machine:
     pool = random.choice([2, 5, 7, 13, 29])
     machine.start(pool, random.randint(1, 4), random.choice([1, 3, 7, 64]), random.random() < 0.8, random.randint(1, 3),
                   random.choice([0, 1, 4]))  # fmt: skip
-    moves = ["add"] * 6 + ["step"] * 12 + ["digest"] * 6 + ["abort", "abort", "row_error", "delete_session"]
+    moves = (
+        ["add"] * 6
+        + ["step"] * 12
+        + ["digest"] * 6
+        + ["abort", "abort", "row_error", "delete_session", "settle", "settle"]
+    )
     for _ in range(num_moves):
         move = random.choice([*moves, "allocator_fails_once"])
         if move == "add":
@@ -231,11 +258,13 @@ def wander(seed: int, num_moves: int) -> Machine:
             lengths = random.randint(0, len(PREFIX)), random.randint(1, 9), random.randint(0, 3)
             machine.add(
                 shared=lengths[0], tail=tail, salt=salt, session=session, priority=random.randint(0, 1),
-                grammar=grammar, scored=scored, stop=stop, seed=random.randint(0, 2),
+                grammar=grammar, held=random.random() < 0.2, scored=scored, stop=stop, seed=random.randint(0, 2),
                 max_tokens=lengths[1], min_tokens=lengths[2],
             )  # fmt: skip
         elif move == "abort":
             machine.abort(max(1, machine.num - random.randint(0, 8)), random.choice([None, 0, 1, 2, 3]))
+        elif move == "settle":
+            machine.settle(max(1, machine.num - random.randint(0, 8)), random.random() < 0.3)
         elif move == "delete_session":
             machine.delete_session(random.choice("st"))
         elif move != "row_error" or random.random() < 0.4:

@@ -9,7 +9,8 @@ import pytest
 from fake_device import FakeDevice, expected, request
 
 from pagoda.engine.request import EngineRequest, SamplingParams
-from pagoda.engine.scheduler import Scheduler, SchedulerConfig
+from pagoda.engine.scheduler import Scheduler
+from pagoda.engine.scheduler_config import SchedulerConfig
 from pagoda.engine.session_files import SavedSessions, read_sessions, write_sessions
 from pagoda.engine.sessions import Sessions
 from pagoda.errors import NotFoundError, OverloadedError, SessionBusyError, SessionExpiredError, UsageError

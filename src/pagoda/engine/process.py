@@ -31,7 +31,8 @@ from pagoda.engine.ray_ranks import RayRanks
 from pagoda.engine.request import EngineRequest, Output
 from pagoda.engine.runner import Runner
 from pagoda.engine.schedule import Schedule
-from pagoda.engine.scheduler import Scheduler, SchedulerConfig
+from pagoda.engine.scheduler import Scheduler
+from pagoda.engine.scheduler_config import SchedulerConfig
 from pagoda.engine.session_files import read_sessions, write_sessions
 from pagoda.engine.sessions import Sessions
 from pagoda.engine.workers import OwnWorker, Workers
@@ -45,6 +46,7 @@ Send = Callable[[bytes, wire.FromEngine], None]
 
 IDLE_SECONDS = 1.0
 ERRAND_SECONDS = 0.01  # between looks at an errand, where there is nothing else to do
+GRAMMAR_SECONDS = 0.001  # ... at a grammar that a request waits for
 LOOK_SECONDS = 1.0  # between looks at whether the clients are still there
 
 log = get_logger(__name__)
@@ -85,10 +87,10 @@ class EngineLoop:
         try:
             while not self._stopping:
                 busy = self._scheduler.has_work or bool(self._flights)
-                wait = ERRAND_SECONDS if self._errands.num_open else IDLE_SECONDS
-                for sender, message in self._poll(0 if busy else wait):
+                for sender, message in self._poll(0 if busy else self._patience()):
                     self._take(sender, message)
                 self._errands.finish()
+                self._settle()
                 self._scheduler.sessions.expire()
                 self._emit(self._scheduler.expire_waiting())
                 self._step()
@@ -102,7 +104,19 @@ class EngineLoop:
             self._tell_all(wire.Dead(("EngineDeadError", f"The engine failed: {why}")))
             return False
         finally:
+            self._grammars.close()
             self._workers.close()
+
+    def _patience(self) -> float:
+        """How long messages may be waited for, where there is nothing else to do."""
+        if self._grammars.num_wanted:
+            return GRAMMAR_SECONDS
+        return ERRAND_SECONDS if self._errands.num_open else IDLE_SECONDS
+
+    def _settle(self) -> None:
+        """Requests whose grammar is there may go on, or end with its error."""
+        ends = [self._scheduler.settle(request_id, error) for request_id, error in self._grammars.settled()]
+        self._emit([end for end in ends if end is not None])
 
     def _step(self) -> None:
         """Launch the next step, then digest the oldest one that is due."""
@@ -133,16 +147,14 @@ class EngineLoop:
         try:
             if request.id in self._owner:
                 raise EngineError(f"The request id {request.id!r} is in use: choose another.")
-            if request.params.grammar is not None:
-                self._grammars.add(request.id, request.params.grammar)
-            self._scheduler.add(request)
+            self._scheduler.add(request, held=request.params.grammar is not None)
             self._owner[request.id] = sender
+            if request.params.grammar is not None:
+                self._grammars.begin(request.id, request.params.grammar)
         except Exception as failure:
             error = failure if isinstance(failure, PagodaError) else EngineError(FAILED)
             if error is not failure:
                 log.exception("a request failed")
-            if request.id not in self._owner:
-                self._grammars.drop(request.id)
             refusal = Output(request.id, finish_reason="error", error=str(error), error_kind=type(error).__name__)
             self._send(sender, wire.Outputs([refusal]))
 
@@ -255,6 +267,7 @@ def build_engine(
             prefix_caching=config.enable_prefix_caching,
             num_guesses=config.speculative_ngram,
             max_queued=config.max_queued_requests or 4 * config.max_batch_size,
+            max_queued_tokens=config.max_queued_tokens or 0,
             cache_variant=spec.rope.variant,
         ),
         Sessions(ttl=config.session_ttl),

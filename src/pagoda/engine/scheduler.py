@@ -5,9 +5,6 @@ from bisect import insort
 from collections import deque
 from collections.abc import Callable, Iterable
 from heapq import heappop, heappush
-from operator import attrgetter
-
-from msgspec import Struct
 
 from pagoda.engine.blocks import BlockPool
 from pagoda.engine.lookup import Lookup, may_guess
@@ -15,27 +12,11 @@ from pagoda.engine.metrics import Counters, EngineStats
 from pagoda.engine.prefix import PrefixCache
 from pagoda.engine.request import EngineRequest, FinishReason, Output, check_sizes, too_long
 from pagoda.engine.schedule import NO_TOKEN, Row, Schedule, SlotInit, StepResult
+from pagoda.engine.scheduler_config import SchedulerConfig
 from pagoda.engine.sequence import Launched, Sequence
 from pagoda.engine.sessions import Sessions
+from pagoda.engine.waiting import ORDER, Waiting
 from pagoda.errors import OverloadedError, PagodaError, PromptTooLongError, RequestError
-
-_ORDER = attrgetter("order")
-
-
-class SchedulerConfig(Struct, frozen=True):
-    """Limits. `num_blocks` counts block 0, which is scratch and never handed out. `num_guesses`: most tokens guessed a
-    step for one request, 0 for none. `cache_variant(prompt_len)` names the rope variant: requests of different variants
-    share no blocks."""
-
-    max_batch_size: int
-    max_step_tokens: int
-    block_len: int
-    num_blocks: int
-    session_len: int
-    prefix_caching: bool = True
-    max_queued: int = 256
-    num_guesses: int = 0
-    cache_variant: Callable[[int], int] = lambda _: 0
 
 
 class Scheduler:
@@ -59,8 +40,8 @@ class Scheduler:
         self.max_len = min(config.session_len, self.pool.num_blocks * config.block_len)
         self.counters = Counters()
         self._live: dict[str, Sequence] = {}
-        self._waiting: list[Sequence] = []  # both lists are sorted by `order`
-        self._running: list[Sequence] = []
+        self._waiting = Waiting(config.max_queued, config.max_queued_tokens)
+        self._running: list[Sequence] = []  # sorted by `order`
         self._slots = list(range(config.max_batch_size))
         self._freed: list[int] = []  # slots that the device has not been told of
         self._flights: deque[tuple[int, list[Launched]]] = deque()
@@ -69,7 +50,8 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._live)
+        """Some request could go on, or waits for one that could."""
+        return any(not seq.held for seq in self._live.values())
 
     @property
     def num_running(self) -> int:
@@ -81,22 +63,21 @@ class Scheduler:
 
     # ---- requests ----------------------------------------------------------------------------------------------
 
-    def add(self, request: EngineRequest) -> None:
-        """Queue a request. Raises `RequestError`, `PromptTooLongError`, `SessionBusyError` or `OverloadedError`,
-        having changed nothing."""
+    def add(self, request: EngineRequest, held: bool = False) -> None:
+        """Queue a request; one that is `held` gets no slot before `settle`. Raises `RequestError`,
+        `PromptTooLongError`, `SessionBusyError` or `OverloadedError`, having changed nothing."""
         try:
-            self._add(request)
+            self._add(request, held)
         except PagodaError:
             self.counters.refused += 1
             raise
 
-    def _add(self, request: EngineRequest) -> None:
+    def _add(self, request: EngineRequest, held: bool) -> None:
         params, session_id = request.params, request.session_id
         if request.id in self._live:
             raise RequestError(f"The request id {request.id!r} is in use: choose another.", "id")
         check_sizes(params)
-        if len(self._waiting) >= self.config.max_queued:
-            raise OverloadedError(f"{len(self._waiting)} requests wait already, the most allowed: try again later.")
+        self._waiting.check_room(len(request.prompt_ids))
         self.sessions.expire()
         history = self.sessions.tokens(session_id) if session_id is not None else []
         tokens = history + request.prompt_ids
@@ -109,11 +90,20 @@ class Scheduler:
         limit = min(len(tokens) + params.max_tokens, self.max_len)
         root = self.cache.root(request.salt, self.config.cache_variant(len(tokens)))
         self._num_added += 1
-        seq = Sequence(request, (request.priority, self._num_added), tokens, len(tokens), limit, root)
+        seq = Sequence(request, (request.priority, self._num_added), tokens, len(tokens), limit, root, held)
         seq.lookup = Lookup() if self.config.num_guesses and may_guess(params) else None
         seq.watched = seq.lookup is not None or params.grammar is not None
         self._live[request.id] = seq
-        insort(self._waiting, seq, key=_ORDER)
+        self._waiting.add(seq)
+
+    def settle(self, request_id: str, error: PagodaError | None = None) -> Output | None:
+        """What a held request waited for is there; or an `error` ends it, and this is its last output. Nothing happens
+        to one that has ended."""
+        seq = self._live.get(request_id)
+        if seq is None or not seq.held:
+            return None
+        seq.held = False
+        return None if error is None else self._refuse(seq, error)
 
     def abort(self, request_id: str, keep_tokens: int | None = None) -> Output | None:
         """End a request in whatever state it is, and return its last output; None if there is no such request (any
@@ -133,14 +123,9 @@ class Scheduler:
 
     def expire_waiting(self) -> list[Output]:
         """Refuse the requests that waited for their first slot longer than their `max_wait`."""
-        now = self.clock()
-        late = [s for s in self._waiting if s.num_cached is None and 0 < s.request.max_wait < now - s.request.arrival]
-        ends = []
-        for seq in late:
-            message = f"The request waited for {seq.request.max_wait:g} s, the most allowed: try again later."
-            self.counters.refused += 1
-            ends.append(self._finish(seq, Output(seq.request.id, error=message, error_kind="OverloadedError"), "error"))
-        return ends
+        why = "The request waited for {:g} s, the most allowed: try again later."
+        late = self._waiting.late(self.clock())
+        return [self._refuse(seq, OverloadedError(why.format(seq.request.max_wait))) for seq in late]
 
     # ---- steps -------------------------------------------------------------------------------------------------
 
@@ -241,9 +226,9 @@ class Scheduler:
     def _admit(self, plan: Schedule) -> Sequence | None:
         """The first waiting request gets a slot, the cached blocks of its beginning and new ones for all of its
         tokens, or nobody does. A hundredth of the pool stays free for the growth of those that run."""
-        if not self._waiting or not self._slots:
+        seq, block_len = self._waiting.first() if self._slots else None, self.config.block_len
+        if seq is None:
             return None
-        seq, block_len = self._waiting[0], self.config.block_len
         hits: list[int] = []
         if self.config.prefix_caching and not seq.scores_prompt:
             hits = self.cache.match(seq.names, seq.root, seq.tokens, (len(seq.tokens) - 1) // block_len)
@@ -254,8 +239,8 @@ class Scheduler:
         if blocks is None:
             self.pool.release(hits)
             return None
-        del self._waiting[0]
-        insort(self._running, seq, key=_ORDER)
+        self._waiting.remove(seq)
+        insort(self._running, seq, key=ORDER)
         seq.slot, seq.blocks = heappop(self._slots), hits + blocks
         seq.num_computed, seq.num_named = len(hits) * block_len, len(hits)
         self._count_admission(seq)
@@ -364,6 +349,10 @@ class Scheduler:
         output.finish_reason = reason
         return output
 
+    def _refuse(self, seq: Sequence, error: PagodaError) -> Output:
+        self.counters.refused += 1
+        return self._finish(seq, Output(seq.request.id, error=str(error), error_kind=type(error).__name__), "error")
+
     def _preempt(self, seq: Sequence) -> None:
         """Back to the queue with its tokens; sampled tokens in flight are void and will be sampled again, equal."""
         self._vacate(seq)
@@ -371,7 +360,7 @@ class Scheduler:
         seq.sampled = False
         if seq.scores_prompt:
             seq.prompt_logprobs = None
-        insort(self._waiting, seq, key=_ORDER)
+        self._waiting.add(seq)
         self.counters.preemptions += 1
 
     def _vacate(self, seq: Sequence) -> None:

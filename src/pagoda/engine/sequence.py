@@ -19,6 +19,7 @@ class Sequence:
     num_prompt: int
     limit: int  # most tokens, the prompt included
     root: bytes  # of the names of its blocks
+    held: bool  # waits for something beside a slot
     names: list[bytes] = field(default_factory=list)
     blocks: list[int] = field(default_factory=list)
     slot: int = -1

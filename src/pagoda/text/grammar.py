@@ -240,6 +240,10 @@ class GrammarMatcher:
         if self._matcher.is_error():
             raise GrammarError(f"The grammar failed: {_sentence(self._matcher.get_error())}", "response_format")
 
+    def copy(self) -> "GrammarMatcher":
+        """Another that stands where this one does."""
+        return GrammarMatcher(self._matcher.deep_copy(), self._ends)
+
     def fill_mask(self, row: np.ndarray) -> None:
         """Write the packed mask of allowed next tokens into `row`: int32, contiguous, 32 tokens a word, lowest bit
         first; a row wider than the vocabulary forbids the rest. `GrammarError` when the grammar became too complex."""
