@@ -19,7 +19,7 @@ from pagoda.engine.request import EngineRequest, SamplingParams
 from pagoda.engine.schedule import Schedule, StepResult
 from pagoda.engine.scheduler import Scheduler
 from pagoda.engine.scheduler_config import SchedulerConfig
-from pagoda.models.loader import resolve_model
+from pagoda.models.find import resolve_model
 
 SESSION_LEN, BLOCK_LEN = 4352, 64
 

@@ -193,7 +193,7 @@ class EngineConfig(Checked):
         """This configuration with the values of a workspace's `engine.toml` wherever it still has the default."""
         defaults = EngineConfig()
         free = {k: v for k, v in settings.items() if getattr(self, k, None) == getattr(defaults, k, None)}
-        return EngineConfig.from_mapping({**{f: getattr(self, f) for f in self.__dataclass_fields__}, **free})
+        return EngineConfig.from_mapping({**vars(self), **free})
 
 
 @dataclass(frozen=True)

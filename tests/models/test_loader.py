@@ -17,7 +17,8 @@ from pagoda.config import EngineConfig
 from pagoda.errors import CheckpointError, ConfigError, ModelError
 from pagoda.layers.parallel import Group
 from pagoda.models.checkpoint import SafetensorsFolder
-from pagoda.models.loader import load_model, resolve_model, resolve_spec, text_folder
+from pagoda.models.find import resolve_model, text_folder
+from pagoda.models.loader import load_model, resolve_spec
 from pagoda.models.local_weights import LocalMatrix, LocalWeights, open_weights
 from pagoda.models.safetensors_file import SafetensorsFile, SafetensorsWriter
 from pagoda.models.sharding import ZERO

@@ -17,7 +17,8 @@ from pagoda.errors import CheckpointError, ModelError, WorkspaceError
 from pagoda.layers.parallel import Group
 from pagoda.models import convert
 from pagoda.models.convert import write_workspace
-from pagoda.models.loader import load_model, resolve_model, resolve_spec, text_folder
+from pagoda.models.find import resolve_model, text_folder
+from pagoda.models.loader import load_model, resolve_spec
 from pagoda.models.local_weights import LocalMatrix, open_weights
 from pagoda.models.safetensors_file import SafetensorsWriter
 from pagoda.models.workspace import is_workspace, open_workspace, remembered_template

@@ -30,7 +30,8 @@ def make_parser(prog: str) -> Parser:
 
 def run(args: argparse.Namespace) -> int:
     from pagoda.engine import roofline
-    from pagoda.models.loader import resolve_model, resolve_spec
+    from pagoda.models.find import resolve_model
+    from pagoda.models.loader import resolve_spec
     from pagoda.models.spec import session_len
 
     if args.gpu not in roofline.DEVICES:

@@ -39,7 +39,8 @@ from pagoda.engine.workers import OwnWorker, Workers
 from pagoda.errors import EngineError, PagodaError
 from pagoda.layers.parallel import Group
 from pagoda.log import get_logger, setup_logging
-from pagoda.models.loader import resolve_model, resolve_spec, text_folder
+from pagoda.models.find import resolve_model, text_folder
+from pagoda.models.loader import resolve_spec
 
 Poll = Callable[[float | None], list[tuple[bytes, wire.ToEngine]]]
 Send = Callable[[bytes, wire.FromEngine], None]
@@ -64,7 +65,7 @@ class EngineLoop:
         self.calls: dict[str, Callable[..., Any]] = {
             "stats": self._scheduler.stats,
             "list_sessions": self._scheduler.sessions.list,
-            "delete_session": self._delete_session,
+            "delete_session": self._scheduler.sessions.delete,
             "lose_sessions": self._scheduler.sessions.lose,
             "session_tokens": self._scheduler.sessions.look_up,
             "abort_requests": self._abort_requests,
@@ -74,7 +75,7 @@ class EngineLoop:
         }
 
     def connect(self, poll: Poll, send: Send) -> None:
-        """`poll(seconds)` waits for messages (0: only looks, None: as long as it takes)."""
+        """`poll(seconds)` waits for messages (0: only looks, None: as long as it takes); `send` to b"" is to all."""
         self._poll, self._send = poll, send
 
     def stop(self) -> None:
@@ -101,7 +102,7 @@ class EngineLoop:
             log.exception("the engine failed")
             why = str(error) if isinstance(error, PagodaError) else f"{type(error).__name__}: {error}"
             self._end("error", f"The engine failed: {why}")
-            self._tell_all(wire.Dead(("EngineDeadError", f"The engine failed: {why}")))
+            self._send(b"", wire.Dead(("EngineDeadError", f"The engine failed: {why}")))
             return False
         finally:
             self._grammars.close()
@@ -204,17 +205,8 @@ class EngineLoop:
 
     def _end(self, reason: Any, message: str) -> None:
         """Exactly one last output for every open request."""
-        ends = []
-        for request_id in list(self._owner):
-            output = Output(request_id, finish_reason=reason, error=message if reason == "error" else None)
-            ends.append(output)
-        self._emit(ends)
-
-    def _tell_all(self, message: wire.FromEngine) -> None:
-        self._send(b"", message)
-
-    def _delete_session(self, session_id: str) -> bool:
-        return self._scheduler.sessions.delete(session_id)
+        error = message if reason == "error" else None
+        self._emit([Output(request_id, finish_reason=reason, error=error) for request_id in self._owner])
 
     def _save_sessions(self, path: str, prefix: str = "") -> Errand:
         """Those whose id begins with `prefix`."""

@@ -14,6 +14,7 @@ import time
 from typing import Any
 
 import msgspec
+import numpy as np
 from msgspec import Struct
 
 from pagoda.engine.schedule import Schedule
@@ -40,6 +41,13 @@ class Step(Struct, tag=True):
     schedule: Schedule
     mask: bytes | None = None
     mask_width: int = 0
+
+    @classmethod
+    def of(cls, schedule: Schedule, mask_LW: np.ndarray | None) -> "Step":
+        return cls(schedule) if mask_LW is None else cls(schedule, mask_LW.tobytes(), mask_LW.shape[1])
+
+    def mask_LW(self) -> np.ndarray | None:
+        return None if self.mask is None else np.frombuffer(self.mask, np.int32).reshape(-1, self.mask_width).copy()
 
 
 class Beat(Struct, tag=True):

@@ -94,9 +94,7 @@ class LocalRanks:
         self.plan = self._runner.plan
 
     def launch(self, schedule: Schedule, mask_LW: np.ndarray | None = None) -> None:
-        step = say.Step(schedule)
-        if mask_LW is not None:
-            step.mask, step.mask_width = mask_LW.tobytes(), mask_LW.shape[1]
+        step = say.Step.of(schedule, mask_LW)
         assert self._runner is not None
         try:
             for link in self._steps:
@@ -242,7 +240,7 @@ class RankProcess:
             while True:
                 step = self._steps.receive()
                 assert isinstance(step, say.Step)
-                launch_step(runner, step)
+                runner.launch(step.schedule, step.mask_LW())
                 flights.append(step.schedule)
                 if len(flights) > ahead:
                     flights.popleft()
@@ -269,14 +267,6 @@ class RankProcess:
             pass
         shutil.rmtree(Path(self._job.meeting.removeprefix("file://")).parent, ignore_errors=True)
         os._exit(1)
-
-
-def launch_step(runner: Runner, step: say.Step) -> None:
-    """Launch what arrived as a message."""
-    mask = None
-    if step.mask is not None:
-        mask = np.frombuffer(step.mask, np.int32).reshape(-1, step.mask_width).copy()
-    runner.launch(step.schedule, mask)
 
 
 def main(arguments: list[str]) -> Any:

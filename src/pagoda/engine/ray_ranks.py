@@ -20,7 +20,7 @@ import numpy as np
 from pagoda.config import EngineConfig
 from pagoda.engine import rank_link as say
 from pagoda.engine.kv_cache import MemoryPlan
-from pagoda.engine.ranks import divided, launch_step
+from pagoda.engine.ranks import divided
 from pagoda.engine.schedule import Schedule, StepResult
 from pagoda.errors import DeviceError, EngineDeadError, MissingExtraError, PagodaError, named_error
 from pagoda.log import get_logger
@@ -88,7 +88,7 @@ class RankActor:
     def launch(self, step: bytes) -> None:
         """Start a step. Ranks other than 0 drop their tokens, which are the same."""
         message = msgspec.msgpack.decode(step, type=say.Step)
-        launch_step(self._runner, message)
+        self._runner.launch(message.schedule, message.mask_LW())
         if self._rank:
             self._flights.append(message.schedule)
             if len(self._flights) > (self._runner.device.type == "cuda"):
@@ -134,10 +134,7 @@ class RayRanks:
             progress(1.0)
 
     def launch(self, schedule: Schedule, mask_LW: np.ndarray | None = None) -> None:
-        step = say.Step(schedule)
-        if mask_LW is not None:
-            step.mask, step.mask_width = mask_LW.tobytes(), mask_LW.shape[1]
-        data = msgspec.msgpack.encode(step)
+        data = msgspec.msgpack.encode(say.Step.of(schedule, mask_LW))
         for actor in self._actors:
             actor.launch.remote(data)
         self._flights.append(self._actors[0].collect.remote())

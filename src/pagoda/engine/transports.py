@@ -171,7 +171,7 @@ def spawn_engine(model: str | Path, config: EngineConfig, for_grammars: bool = F
     address = f"ipc://{folder}/engine"
     job = {
         "model": str(model),
-        "config": {k: getattr(config, k) for k in config.__dataclass_fields__},
+        "config": vars(config),
         "address": address,
         "for_grammars": for_grammars,
         "parent": os.getpid(),

@@ -1,4 +1,4 @@
-"""From a name to weights on a device: find the model, read a checkpoint or a workspace, pack it for the kernels.
+"""From a folder to weights on a device: read a checkpoint or a workspace, pack it for the kernels.
 
 Tensors stream: one matrix is read, cut, packed and freed before the next, so the peak lies about one layer above the
 result.
@@ -16,13 +16,10 @@ from pagoda.errors import CheckpointError, WorkspaceError
 from pagoda.layers.kv_schemes import StaticRanges
 from pagoda.layers.linear import Linear
 from pagoda.layers.parallel import Group
-from pagoda.models.find import resolve_model, text_folder
 from pagoda.models.local_weights import LocalMatrix, LocalTensor, LocalWeights, open_weights
 from pagoda.models.spec import ModelSpec, read_spec, with_overrides
 from pagoda.models.workspace import is_workspace, open_workspace
 from pagoda.models.workspace_weights import LocalWorkspace, read_kv_ranges
-
-__all__ = ["LayerWeights", "ModelWeights", "load_model", "resolve_model", "resolve_spec", "text_folder"]
 
 Progress = Callable[[float], None]
 

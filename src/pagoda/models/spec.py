@@ -15,18 +15,6 @@ from pagoda.models.quant_config import QuantSpec, online_quant, parse_quant
 from pagoda.models.rope_spec import RopeSpec, parse_rope
 from pagoda.models.sharding import LocalShape, local_shape
 
-__all__ = [
-    "LocalShape",
-    "ModelSpec",
-    "QuantSpec",
-    "RopeSpec",
-    "read_spec",
-    "session_len",
-    "spec_from_config",
-    "spec_from_json",
-    "with_overrides",
-]
-
 ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",

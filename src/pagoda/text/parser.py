@@ -90,7 +90,7 @@ class OutputParser:
 
     `reasoning`, `tools`: names of `REASONING_FORMATS`, `TOOL_FORMATS`, or None. `in_reasoning`: the prompt already
     opened the reasoning. `tool_names`: the tools that were offered; a reply without an opening mark is a call only when
-    it names one of them. With tools, decode special tokens too (`keeps_special`), for they are the marks.
+    it names one of them. With tools, decode special tokens too, for they are the marks.
     """
 
     def __init__(
@@ -118,10 +118,6 @@ class OutputParser:
         self._started = self._said_since_call = False
         self._num_sent = 0
         self.num_calls = 0
-
-    @property
-    def keeps_special(self) -> bool:
-        return self._form is not None
 
     def push(self, text: str) -> list[Event]:
         """The events that became certain with this text."""
