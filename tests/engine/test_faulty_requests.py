@@ -68,6 +68,28 @@ def test_blocks_of_a_request_that_left_before_its_error_showed_harm_nobody(tiny_
     loop._workers.close()
 
 
+@pytest.mark.parametrize("quant_policy", ["none", "int8", "int4"])
+def test_a_spoiled_end_of_a_prompt_does_not_spoil_its_beginning_for_others(tiny_llama, tmp_path, quant_policy) -> None:
+    """The prompt leaves before its error shows, in a chunk that holds both; others share its beginning."""
+    poison, beginning = 299, list(range(5, 45))
+    config = EngineConfig(
+        device="cpu", session_len=256, max_batch_size=4, cache_block_seq_len=16, max_prefill_token_num=60,
+        quant_policy=quant_policy,
+    )  # fmt: skip
+    params = SamplingParams(temperature=0.0, max_tokens=8, bad_words=((poison,),))
+    clean = [EngineRequest("good", beginning + [7, 8, 9], params)]
+    ends = []
+    for spoils in (False, True):
+        loop = build_engine(broken(tiny_llama, tmp_path / str(spoils), poison), config)
+        if spoils:
+            loop._scheduler.add(EngineRequest("bad", beginning + [poison, 7] * 50, params))
+            loop._step()
+            assert loop._scheduler.abort("bad") is not None
+        ends.append(run_to_end(loop, clean))
+        loop._workers.close()
+    assert ends[0] == ends[1] and ends[0]["good"][0] == "length"
+
+
 @pytest.mark.parametrize("knobs", [{}, {"speculative_ngram": 3}])
 @pytest.mark.parametrize("params", [{}, {"temperature": 1.0, "seed": 1}, {"logprobs": 2, "frequency_penalty": 0.5}])
 def test_scores_that_are_no_numbers_end_the_request(tiny_llama: Path, tmp_path: Path, params, knobs) -> None:

@@ -262,6 +262,27 @@ def test_a_token_that_could_not_be_chosen_ends_its_request_and_its_blocks_are_no
     assert engine.cached["again"] == 0
 
 
+@pytest.mark.parametrize("num_failures", [1, 2])
+def test_who_failed_with_blocks_of_others_is_computed_anew_once(num_failures):
+    engine, prompt, left = Engine(), [1, 2, 3, 4, 5] * 3, [num_failures]
+    engine.run(request("first", prompt))
+    choose = engine.device.choose
+
+    def fails(last, n, params):
+        left[0] -= params.seed == 7 and n == 2
+        return -1 if params.seed == 7 and n == 2 and left[0] >= 0 else choose(last, n, params)
+
+    engine.device.choose = fails
+    second = request("second", prompt, seed=7)
+    whole = alone(second)
+    assert engine.run(second) == [whole if num_failures == 1 else whole[:2]]
+    assert engine.ends["second"] == ("length" if num_failures == 1 else "error")
+    assert (engine.cached["second"], engine.scheduler.counters.preemptions) == (12, 1)
+    engine.run(request("third", prompt))
+    assert engine.cached["third"] == (12 if num_failures == 1 else 0)
+    assert engine.scheduler.stats().blocks_used == 0
+
+
 def test_rows_in_flight_are_nothing_to_the_garbage_collector():
     """Its walks over the rows of large batches cost more than planning them."""
     engine = Engine(max_batch_size=64, num_blocks=1000, block_len=16)

@@ -130,6 +130,13 @@ class Machine(RuleBasedStateMachine):
             plan, result = self.flights[0]
             result.errors[plan.rows[-1].slot] = "not a number"
 
+    @rule(at=st.integers(0, 7))
+    def no_token(self, at):
+        """None could be chosen: the request ends, or is computed anew."""
+        if self.flights and self.flights[0][1].tokens:
+            tokens = self.flights[0][1].tokens
+            tokens[at % len(tokens)] = -1
+
     @rule(index=st.integers(1, 60), fails=st.booleans())
     def settle(self, index, fails):
         """Any state: held, settled, running, ended, never added."""
@@ -247,7 +254,7 @@ def wander(seed: int, num_moves: int) -> Machine:
         ["add"] * 6
         + ["step"] * 12
         + ["digest"] * 6
-        + ["abort", "abort", "row_error", "delete_session", "settle", "settle"]
+        + ["abort", "abort", "row_error", "delete_session", "settle", "settle", "no_token"]
     )
     for _ in range(num_moves):
         move = random.choice([*moves, "allocator_fails_once"])
@@ -263,6 +270,8 @@ def wander(seed: int, num_moves: int) -> Machine:
             )  # fmt: skip
         elif move == "abort":
             machine.abort(max(1, machine.num - random.randint(0, 8)), random.choice([None, 0, 1, 2, 3]))
+        elif move == "no_token":
+            machine.no_token(random.randrange(8))
         elif move == "settle":
             machine.settle(max(1, machine.num - random.randint(0, 8)), random.random() < 0.3)
         elif move == "delete_session":
@@ -276,7 +285,7 @@ def wander(seed: int, num_moves: int) -> Machine:
 
 def test_long_random_histories():
     total = Counter()
-    for seed in range(180):
+    for seed in range(240):
         counters = wander(seed, 120).scheduler.counters
         total.update(preempted=counters.preemptions, cached=counters.cached_tokens, **counters.finished)
         total.update(right=counters.accepted_tokens, wrong=counters.guessed_tokens - counters.accepted_tokens)

@@ -230,7 +230,7 @@ class Scheduler:
         if seq is None:
             return None
         hits: list[int] = []
-        if self.config.prefix_caching and not seq.scores_prompt:
+        if self.config.prefix_caching and not (seq.scores_prompt or seq.anew):
             hits = self.cache.match(seq.names, seq.root, seq.tokens, (len(seq.tokens) - 1) // block_len)
         self.pool.acquire(hits)
         need = -(-len(seq.tokens) // block_len) - len(hits)
@@ -242,7 +242,8 @@ class Scheduler:
         self._waiting.remove(seq)
         insort(self._running, seq, key=ORDER)
         seq.slot, seq.blocks = heappop(self._slots), hits + blocks
-        seq.num_computed, seq.num_named = len(hits) * block_len, len(hits)
+        seq.num_computed = len(hits) * block_len
+        seq.num_named = seq.num_found = len(hits)
         self._count_admission(seq)
         params, request_id = seq.request.params, seq.request.id
         plan.inits.append(SlotInit(seq.slot, request_id, params, list(seq.tokens), seq.num_prompt, seq.num_prompt))
@@ -305,6 +306,8 @@ class Scheduler:
         self.counters.accepted_tokens += right
         if reason == "error":
             self.pool.forget(seq.blocks)
+            if seq.num_found and not seq.anew:
+                return self._begin_anew(seq, output)
         keep = None if reason == "error" else len(seq.tokens)
         return output if reason is None else self._finish(seq, output, reason, keep)
 
@@ -362,6 +365,13 @@ class Scheduler:
             seq.prompt_logprobs = None
         self._waiting.add(seq)
         self.counters.preemptions += 1
+
+    def _begin_anew(self, seq: Sequence, output: Output) -> Output | None:
+        """Its own tokens need not be the reason: who filled the blocks that it found may have left before its error
+        showed, and within a chunk what is no number spreads to the tokens before it."""
+        self._preempt(seq)
+        seq.anew, seq.num_cached, output.error = True, 0, None
+        return output if output.token_ids else None
 
     def _vacate(self, seq: Sequence) -> None:
         self._running.remove(seq)

@@ -24,6 +24,8 @@ class Sequence:
     blocks: list[int] = field(default_factory=list)
     slot: int = -1
     num_computed: int = 0
+    num_found: int = 0  # blocks of the table that the prefix cache had
+    anew: bool = False  # it failed with such blocks once: they are not looked for any more
     num_named: int = 0  # blocks of the table that the prefix cache was told of
     pending: int = 0
     sampled: bool = False  # the slot's last token lies on the device: from now on one token a step
