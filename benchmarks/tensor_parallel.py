@@ -161,15 +161,11 @@ def replies(dtype: str, tp: int, kind: str, out: str) -> None:
     """Replies of mini in one configuration, to a file: token ids and the share of right answers."""
     room = {"session_len": 512, "max_batch_size": 64, "max_queued_requests": 10**6, "cache_max_entry_count": 2000}
     config = EngineConfig(device=kind, dtype=dtype, tp=tp, **room)
-    tokens: list[list[int]] = []
-
-    def answer(asked: list[Any]) -> list[str]:
-        got = pipe(asked, GenerationConfig(do_sample=False, max_new_tokens=160))
-        tokens.extend(r.token_ids for r in got)
-        return [r.text for r in got]
-
+    asked = questions(5, ASKED if kind == "cuda" else 30)
     with pipeline("mini", config) as pipe:
-        result = overall(score(answer, questions(5, ASKED if kind == "cuda" else 30)))
+        got = pipe([q.messages for q in asked], GenerationConfig(do_sample=False, max_new_tokens=160))
+    result = overall(score(asked, [r.text for r in got]))
+    tokens = [r.token_ids for r in got]
     Path(out).write_text(json.dumps({"tokens": tokens, "right": result.num_right / result.num_asked}))
 
 

@@ -120,7 +120,8 @@ def measure_transformers(num_questions: int) -> Row:
                 replies[i] = tokenizer.decode(ids[: min(stops, default=len(ids))])
         return replies
 
-    accuracy = overall(score(answer, questions(0, num_questions))).accuracy
+    asked = questions(0, num_questions)
+    accuracy = overall(score(asked, answer([q.messages for q in asked]))).accuracy
     nll = tokens = 0
     for messages in held_out_dialogues(0, DIALOGUES):
         ids = torch.tensor([[end, *tokenizer.encode(template.render(messages, add_generation_prompt=False))]])[

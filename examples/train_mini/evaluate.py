@@ -107,7 +107,8 @@ def main() -> None:
     if args.ask:
         print(answer([[{"role": "user", "content": args.ask}]])[0])
         return
-    print(table(score(answer, questions(args.seed, args.questions))))
+    asked = questions(args.seed, args.questions)
+    print(table(score(asked, answer([q.messages for q in asked]))))
 
 
 if __name__ == "__main__":

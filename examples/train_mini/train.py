@@ -103,7 +103,8 @@ def save(model: Model, args: argparse.Namespace, optimizer: Optimizer, log: dict
 
 
 def measure(model: Model, tokenizer: Tokenizer, num: int, batch: int, seed: int):
-    return score(answerer(model, tokenizer, batch), questions(seed, num))
+    asked = questions(seed, num)
+    return score(asked, answerer(model, tokenizer, batch)([q.messages for q in asked]))
 
 
 def train(

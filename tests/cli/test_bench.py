@@ -3,6 +3,7 @@
 import asyncio
 import json
 import random
+import statistics
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -98,12 +99,13 @@ def test_figures_of_a_run():
     assert run.summary()["first_token_p50_ms"] == 750 and run.summary()["gap_p99_ms"] == 1000
 
 
-@pytest.mark.parametrize("percent", [0, 37.5, 50, 95, 100])
-def test_percentile_is_numpys(percent):
-    import numpy
-
-    values = [random.Random(3).random() for _ in range(11)]
-    assert percentile(values, percent) == pytest.approx(numpy.percentile(values, percent))
+def test_percentiles_lie_between_ranks():
+    rng = random.Random(3)
+    values = [rng.random() for _ in range(11)]
+    between = statistics.quantiles(values, n=1000, method="inclusive")
+    assert [percentile(values, p / 10) for p in range(1, 1000)] == pytest.approx(between)
+    assert (percentile(values, 0), percentile(values, 100)) == (min(values), max(values))
+    assert (percentile([], 50), percentile([2.0], 99)) == (0, 2)
 
 
 # ---- over HTTP

@@ -18,7 +18,8 @@ def accuracy(num: int, **knobs: object) -> float:
     """Share of right answers, all asked at once."""
     config = EngineConfig(device="cuda", max_queued_requests=10**6, cache_max_entry_count=BLOCKS, **knobs)
     with pipeline("mini", config) as pipe:
-        result = overall(score(lambda asked: [r.text for r in pipe(asked, GREEDY)], questions(5, num)))
+        asked = questions(5, num)
+        result = overall(score(asked, [r.text for r in pipe([q.messages for q in asked], GREEDY)]))
     return result.num_right / result.num_asked
 
 

@@ -163,8 +163,8 @@ def test_stories_vary_and_repeat_with_their_seed():
 
 def test_score_counts_exact_matches_by_task():
     asked = questions(3, 100)
-    assert overall(score(lambda m: [q.answer for q in asked], asked)).accuracy == 1.0
-    half = score(lambda m: [q.answer + "\n" if i % 2 else q.answer + "x" for i, q in enumerate(asked)], asked)
+    assert overall(score(asked, [q.answer for q in asked])).accuracy == 1.0
+    half = score(asked, [q.answer + "\n" if i % 2 else q.answer + "x" for i, q in enumerate(asked)])
     assert overall(half).num_right == 50 and overall(half).num_asked == 100
     low, high = overall(half).interval
     assert low == pytest.approx(0.4038, abs=1e-3) and high == pytest.approx(0.5962, abs=1e-3)

@@ -4,7 +4,7 @@ import os
 import secrets
 import sys
 
-from pagoda.cli.terminal import open_input, printable
+from pagoda.cli.terminal import inputs, printable
 from pagoda.errors import MissingExtraError, PagodaError
 
 
@@ -19,22 +19,14 @@ def talk(url: str, api_key: str | None, session_id: int | None) -> int:
     client = Client(url, key, on_wait=lambda why: print(why, file=sys.stderr))
     session = secrets.randbelow(2**31) if session_id is None else session_id
     print(f"session {session} with {client.model()['id']} at {client.url}")
-    ask, held = open_input(), 0
-    while True:
-        try:
-            text = ask()
-        except KeyboardInterrupt:
-            continue
-        except EOFError:
-            break
-        if text == "exit":
-            break
+    held = 0
+    for text in inputs():
         try:
             if text == "end":
                 client.end(session)
                 session, held = secrets.randbelow(2**31), 0
                 print(f"A new conversation: session {session}.")
-            elif text:
+            else:
                 held = say(client, session, text, held)
         except PagodaError as error:
             print(f"{error} `end` starts a new conversation.", file=sys.stderr)

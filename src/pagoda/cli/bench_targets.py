@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 import msgspec
+import numpy as np
 
 from pagoda.cli.bench_traffic import Job
 from pagoda.engine.client import EngineClient
@@ -203,12 +204,7 @@ class Timings:
 
 def percentile(values: Sequence[float], percent: float) -> float:
     """Linear between ranks; 0 for no values."""
-    if len(values) < 2:
-        return float(values[0]) if values else 0.0
-    ordered, at = sorted(values), (len(values) - 1) * percent / 100
-    low = int(at)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (at - low)
+    return float(np.percentile(values, percent)) if values else 0.0
 
 
 def drive(target: Target, jobs: Sequence[Job]) -> Timings:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from pagoda.cli.flags import Parser, add_config_flags, config_from
 from pagoda.cli.progress import progress_bar
-from pagoda.cli.terminal import open_input, printable
+from pagoda.cli.terminal import inputs, printable
 from pagoda.config import EngineConfig, GenerationConfig
 from pagoda.errors import UsageError
 from pagoda.models.find import resolve_model, text_folder
@@ -92,22 +92,13 @@ def say(talk: Talk, text: str, gen: GenerationConfig, speed: Speed) -> None:
 
 def talk_to(model: Model, gen: GenerationConfig, system: str | None) -> Speed:
     """The loop of a chat, until `exit` or the end of input."""
-    ask, speed = open_input(), Speed()
-    talk = model.session(system=system)
-    while True:
-        try:
-            text = ask()
-        except KeyboardInterrupt:
-            continue
-        except EOFError:
-            break
-        if text == "exit":
-            break
+    speed, talk = Speed(), model.session(system=system)
+    for text in inputs():
         if text == "end":
             talk.close()
             talk = model.session(system=system)
             print("A new conversation.")
-        elif text:
+        else:
             try:
                 say(talk, text, gen, speed)
             except UsageError as error:

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 PROMPT = "\ndouble enter to end input >>> "
@@ -27,6 +27,22 @@ def open_input() -> Callable[[], str]:
     """A function that asks for one input: lines up to an empty one. It raises EOFError at the end of input, and
     KeyboardInterrupt when Ctrl-C was typed."""
     return _editor() if sys.stdin.isatty() and sys.stdout.isatty() else _plain
+
+
+def inputs() -> Iterator[str]:
+    """What is typed, until `exit` or the end of input; empty inputs and Ctrl-C are passed over."""
+    ask = open_input()
+    while True:
+        try:
+            text = ask()
+        except KeyboardInterrupt:
+            continue
+        except EOFError:
+            return
+        if text == "exit":
+            return
+        if text:
+            yield text
 
 
 def _plain() -> str:

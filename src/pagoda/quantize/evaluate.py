@@ -23,7 +23,7 @@ from pagoda.models.find import resolve_model, text_folder
 from pagoda.models.loader import pick_dtype, resolve_spec
 from pagoda.models.spec import session_len
 from pagoda.models.workspace import remembered_template
-from pagoda.quantize.mini_tasks import Message, TaskScore, held_out_dialogues, held_out_stories, questions, score
+from pagoda.quantize.mini_tasks import TaskScore, held_out_dialogues, held_out_stories, questions, score
 from pagoda.text.template import ChatTemplate, load_template
 from pagoda.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -126,23 +126,14 @@ class Evaluator:
     def answer(self, num: int, seed: int = 0, progress: Progress | None = None) -> Answers:
         """Greedy replies to `num` questions of mini's tasks, matched to the letter."""
         template, asked = self._template(), questions(seed, num)
-        started, tokens, replies = time.monotonic(), 0, [""] * num
-
-        def ask(conversations: list[list[Message]]) -> list[str]:
-            nonlocal tokens
-            room = self.session_len - REPLY_TOKENS
-            stops = tuple(dict.fromkeys((*self.engine.info.eos_ids, *template.stop_ids)))
-            params = SamplingParams(temperature=0.0, max_tokens=REPLY_TOKENS, stop_ids=stops)
-            prompts = [self.tokenizer.encode(template.render(messages))[-room:] for messages in conversations]
-            for i, outputs in enumerate(self._run(prompts, params, progress)):
-                ids = [token for output in outputs for token in output.token_ids]
-                tokens += len(ids)
-                replies[i] = self.tokenizer.decode(ids)
-            return replies
-
-        scores = score(ask, asked)
-        right = [reply.strip() == question.answer for reply, question in zip(replies, asked)]
-        return Answers(scores, right, time.monotonic() - started, tokens)
+        started, room = time.monotonic(), self.session_len - REPLY_TOKENS
+        stops = tuple(dict.fromkeys((*self.engine.info.eos_ids, *template.stop_ids)))
+        params = SamplingParams(temperature=0.0, max_tokens=REPLY_TOKENS, stop_ids=stops)
+        prompts = [self.tokenizer.encode(template.render(question.messages))[-room:] for question in asked]
+        made = [[t for output in outputs for t in output.token_ids] for outputs in self._run(prompts, params, progress)]
+        replies = [self.tokenizer.decode(ids) for ids in made]
+        right = [question.is_right(reply) for question, reply in zip(asked, replies)]
+        return Answers(score(asked, replies), right, time.monotonic() - started, sum(map(len, made)))
 
     def speed(self, rows: int = 8, tokens: int = 64) -> float:
         """Tokens generated a second by `rows` requests at once, prompts of 64 tokens: the best of three runs."""

@@ -4,7 +4,7 @@ A seed is a string; evaluation prefixes its own with `eval/`, training with `tra
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from random import Random
 
@@ -23,6 +23,10 @@ class Question:
     task: str
     messages: list[Message]
     answer: str
+
+    def is_right(self, reply: str) -> bool:
+        """To the letter, white space around it aside."""
+        return reply.strip() == self.answer
 
 
 @dataclass(frozen=True)
@@ -189,17 +193,13 @@ def training_documents(seed: int, shard: int) -> Iterator[list[Message] | str]:
         yield story(rng) if rng.random() < 0.05 else dialogue(rng)
 
 
-def score(answer: Callable[[list[list[Message]]], list[str]], asked: list[Question]) -> list[TaskScore]:
-    """Exact match by task (surrounding white space aside); `answer` maps message lists to replies, all in one call."""
-    replies = answer([q.messages for q in asked])
+def score(asked: list[Question], replies: list[str]) -> list[TaskScore]:
+    """Exact match by task (surrounding white space aside)."""
     assert len(replies) == len(asked)
-    right = [reply.strip() == q.answer for reply, q in zip(replies, asked)]
-    scores = []
-    for task in TASKS:
-        hits = [ok for ok, q in zip(right, asked) if q.task == task]
-        if hits:
-            scores.append(TaskScore(task, sum(hits), len(hits)))
-    return scores
+    hits: dict[str, list[bool]] = {task: [] for task in TASKS}
+    for q, reply in zip(asked, replies):
+        hits[q.task].append(q.is_right(reply))
+    return [TaskScore(task, sum(found), len(found)) for task, found in hits.items() if found]
 
 
 def overall(scores: list[TaskScore]) -> TaskScore:
