@@ -15,8 +15,7 @@ from serving import Running
 from pagoda.serve.client import Client
 
 gr = pytest.importorskip("gradio")
-from pagoda.serve.ui import Page, launch  # noqa: E402
-from pagoda.serve.ui_words import LANGUAGES, WORDS  # noqa: E402
+from pagoda.serve.ui import LANGUAGES, WORDS, Page, launch  # noqa: E402
 
 COLD = (0.0, 0.9, 40, 1.0, 40)
 

@@ -8,15 +8,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from pagoda.config import ServeConfig
-from pagoda.errors import PagodaError, RequestError
+from pagoda.errors import RequestError
 from pagoda.offline import Piece, Pipeline, Prepared, Reply
 from pagoda.serve.backend import Backend
 from pagoda.serve.bodies import EncodeBody, GenerateBody, InteractiveBody, check, read_body, read_json
 from pagoda.serve.documents import documented
-from pagoda.serve.error_map import error_body
 from pagoda.serve.generation import Generation, copies, new_answer_id, respond
 from pagoda.serve.interactive import converse
-from pagoda.serve.openai_shapes import DONE, finite
+from pagoda.serve.openai_shapes import DONE, EventWriter, finite
 
 router = APIRouter()
 OLD_FIELDS = frozenset(("interactive_mode", "request_output_len", "cancel", "session_id", "sequence_start"))
@@ -42,9 +41,7 @@ def prepare_generate(pipe: Pipeline, config: ServeConfig, body: GenerateBody, te
     return pipe.prepare(ids, gen, max_wait=config.queue_seconds, continues=True)
 
 
-class GenerateWriter:
-    media_type = "text/event-stream"
-
+class GenerateWriter(EventWriter):
     def __init__(self, generation: Generation):
         self._answering = generation.answers[0]
 
@@ -65,9 +62,6 @@ class GenerateWriter:
 
     def end(self) -> bytes:
         return DONE
-
-    def failure(self, error: PagodaError) -> bytes:
-        return b"data: " + orjson.dumps(error_body(error)) + b"\n\n" + DONE
 
     def whole(self) -> dict[str, Any]:
         return self._shape(self._answering.reply)

@@ -9,13 +9,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from pagoda.config import ServeConfig
-from pagoda.errors import PagodaError, RequestError
+from pagoda.errors import RequestError
 from pagoda.offline import Piece, Pipeline, Prepared
 from pagoda.serve.backend import Backend
 from pagoda.serve.bodies import ChatBody, read_body
 from pagoda.serve.documents import documented
 from pagoda.serve.generation import Generation, copies, new_answer_id, respond
-from pagoda.serve.openai_shapes import Chunks, chat_logprobs, usage
+from pagoda.serve.openai_shapes import Chunks, EventWriter, chat_logprobs, usage
 from pagoda.text.grammar import compile_grammar
 from pagoda.text.parser import Event, OutputParser, ReasoningDelta, TextDelta, ToolCallStart, collect
 from pagoda.text.reasoning import REASONING_FORMATS, guess_reasoning
@@ -123,10 +123,8 @@ def prepare_chat(pipe: Pipeline, config: ServeConfig, body: ChatBody, tenant: st
     return ChatJob(prepared, reasoning, form_name, in_reasoning, names)
 
 
-class ChatWriter:
+class ChatWriter(EventWriter):
     """Writes the chunks, or the whole, of a chat completion."""
-
-    media_type = "text/event-stream"
 
     def __init__(
         self, answer_id: str, model: str, body: ChatBody, job: ChatJob, generation: Generation, pipe: Pipeline
@@ -190,9 +188,6 @@ class ChatWriter:
 
     def end(self) -> bytes:
         return self.chunks.end(self._counts())
-
-    def failure(self, error: PagodaError) -> bytes:
-        return self.chunks.failure(error)
 
     def whole(self) -> dict[str, Any]:
         choices = []

@@ -8,13 +8,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from pagoda.config import ServeConfig
-from pagoda.errors import PagodaError, RequestError
+from pagoda.errors import RequestError
 from pagoda.offline import Piece, Pipeline, Prepared, Reply
 from pagoda.serve.backend import Backend
 from pagoda.serve.bodies import MAX_CHOICES, CompletionBody, read_body
 from pagoda.serve.documents import documented
 from pagoda.serve.generation import Generation, copies, new_answer_id, respond
-from pagoda.serve.openai_shapes import Chunks, completion_logprobs, usage
+from pagoda.serve.openai_shapes import Chunks, EventWriter, completion_logprobs, usage
 from pagoda.text.grammar import compile_grammar
 
 router = APIRouter()
@@ -50,10 +50,8 @@ def prepare_completion(pipe: Pipeline, config: ServeConfig, body: CompletionBody
     return [pipe.prepare(ids, gen, grammar=grammar, max_wait=config.queue_seconds, continues=True) for ids in prompts]
 
 
-class CompletionWriter:
+class CompletionWriter(EventWriter):
     """Writes the chunks, or the whole, of a text completion."""
-
-    media_type = "text/event-stream"
 
     def __init__(
         self, answer_id: str, model: str, body: CompletionBody, prepared: list[Prepared], generation: Generation,
@@ -104,9 +102,6 @@ class CompletionWriter:
 
     def end(self) -> bytes:
         return self.chunks.end(self._counts())
-
-    def failure(self, error: PagodaError) -> bytes:
-        return self.chunks.failure(error)
 
     def whole(self) -> dict[str, Any]:
         choices = []

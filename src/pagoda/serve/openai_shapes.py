@@ -37,6 +37,15 @@ def usage(answers: Sequence[Answering], num_choices: int = 1) -> dict[str, Any]:
     return {**counts, "prompt_tokens_details": {"cached_tokens": cached}}
 
 
+class EventWriter:
+    """What all writers of server-sent events share."""
+
+    media_type = "text/event-stream"
+
+    def failure(self, error: PagodaError) -> bytes:
+        return b"data: " + orjson.dumps(error_body(error)) + b"\n\n" + DONE
+
+
 class Chunks:
     """Renders the events of one stream, all with one id and one time."""
 
@@ -60,9 +69,6 @@ class Chunks:
         if not self.include_usage:
             return DONE
         return self._head + b'],"usage":' + orjson.dumps(counts) + b"}\n\n" + DONE
-
-    def failure(self, error: PagodaError) -> bytes:
-        return b"data: " + orjson.dumps(error_body(error)) + b"\n\n" + DONE
 
 
 def chat_logprobs(tokenizer: Tokenizer, logprobs: Sequence[TokenLogprobs]) -> dict[str, Any]:

@@ -10,8 +10,10 @@ import gradio as gr
 
 from pagoda.errors import PagodaError
 from pagoda.serve.client import Client, Piece
-from pagoda.serve.ui_words import LANGUAGES, WORDS
+from pagoda.toml_data import read_table
 
+LANGUAGES = {"en": "English", "zh": "中文"}
+WORDS = read_table("serve", "ui_words")
 MAX_CHATS = 50
 REDRAW_SECONDS = 0.05
 CSS = """
