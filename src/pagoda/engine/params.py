@@ -40,14 +40,13 @@ def sampling_params(
     *,
     stop_ids: tuple[int, ...] = (),
     max_new_tokens: int | None = API_MAX_NEW_TOKENS,
-    sample_by_default: bool = False,
     grammar: str | None = None,
 ) -> SamplingParams:
     """Resolve every None of `gen` by the model's `defaults` (generation_config.json), then by our own.
 
     `prompt_len` counts the session's history. `stop_ids` come from the chat template. `max_new_tokens` is the limit
     when `gen` has none; None: the rest of the session. Sampling is on when the call sets temperature, top_k or top_p,
-    or the model's file says so, or `sample_by_default`. Raises `PromptTooLongError` when not one token has room, and
+    or the model's file says so. Raises `PromptTooLongError` when not one token has room, and
     `RequestError` for token ids that the model does not have.
     """
     room = info.session_len - prompt_len
@@ -58,9 +57,7 @@ def sampling_params(
             "prompt",
         )
     asked = any(v is not None for v in (gen.temperature, gen.top_k, gen.top_p, gen.min_p))
-    sampled = (
-        gen.do_sample if gen.do_sample is not None else asked or bool(defaults.get("do_sample", sample_by_default))
-    )
+    sampled = gen.do_sample if gen.do_sample is not None else asked or bool(defaults.get("do_sample"))
     given = _given(gen, defaults)
     ends = () if gen.ignore_eos else (*info.eos_ids, *id_list(defaults.get("eos_token_id")), *stop_ids)
     bad = [tuple(encode(word)) for word in gen.bad_words or ()]
