@@ -113,14 +113,10 @@ class SessionBusyError(UsageError):
 
 
 class RateLimitError(UsageError):
-    """A key used up its own share. `retry_after` is in seconds."""
+    """A key used up its own share."""
 
     http_status = 429
     kind = "rate_limit_error"
-
-    def __init__(self, message: str, retry_after: float = 1.0):
-        super().__init__(message)
-        self.retry_after = retry_after
 
 
 class EngineError(PagodaError):

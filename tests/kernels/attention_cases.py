@@ -4,6 +4,7 @@ float64.
 
 import torch
 
+from pagoda.kernels.kv_pack import read_kv
 from pagoda.layers.kv_schemes import get_kv_scheme
 
 F32 = torch.float32
@@ -59,7 +60,7 @@ def poison(cache, kv_lens, table):
 
 def brute_force(q_nHD, positions, cache, table_B, scale, window=0, softcap=0.0):
     """Queries of one row at the given positions -> [n, H, D] float64."""
-    k, v = get_kv_scheme(cache.scheme).read(cache, table_B)
+    k, v = read_kv(cache, table_B)
     k, v = (x.permute(1, 0, 2, 3).flatten(1, 2).double() for x in (k, v))
     out = torch.zeros(q_nHD.shape, dtype=torch.float64, device=q_nHD.device)
     group = q_nHD.shape[1] // cache.num_kv_heads

@@ -9,6 +9,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, apply_rotary_
 
 from pagoda.errors import ConfigError
 from pagoda.kernels.decode_attention import decode_attention
+from pagoda.kernels.kv_pack import read_kv
 from pagoda.kernels.prefill_attention import prefill_attention
 from pagoda.kernels.rope_cache import rope_and_write
 from pagoda.layers.kv_schemes import KV_SCHEMES, StaticRanges, get_kv_scheme
@@ -108,7 +109,7 @@ def test_what_is_written_is_read_back(scheme, bound):
     slot = torch.randperm(3 * 64)[:100] + 64
     one = torch.ones(100, 0)
     q = rope_and_write(qkv, one, one, slot, cache, kv_heads, kv_heads, dim)
-    k, v = get_kv_scheme(scheme).read(cache, slot // 64)
+    k, v = read_kv(cache, slot // 64)
     k, v = (x[torch.arange(100), :, slot % 64] for x in (k, v))
     raw_q, raw_k, raw_v = qkv.view(100, 3, kv_heads, dim).unbind(1)
     assert relative(v, raw_v.double()) < bound
@@ -131,7 +132,7 @@ def test_rotation_saves_keys_with_outlier_channels(scheme, lost):
         if not rotated:
             cache.rotation = None
         q = rope_and_write(qkv, one, one, torch.arange(tokens) + 64, cache, 1, 1, dim)
-        k, _ = get_kv_scheme(scheme).read(cache, torch.arange(1, 5))
+        k, _ = read_kv(cache, torch.arange(1, 5))
         score = q[:, 0] @ k.permute(1, 0, 2, 3).flatten(1, 2)[0].T
         error[rotated] = relative(score, (queries[:, 0] @ keys[:, 0].T).double())
     assert error[False] > lost
@@ -159,7 +160,7 @@ def test_static_int8_ranges():
     values = torch.rand(10, 2, 32) * 10 - 5 + ranges.v_zero[:, None]
     one = torch.ones(10, 0)
     rope_and_write(torch.cat([keys, keys, values], 1).flatten(1), one, one, torch.arange(10) + 64, cache, 2, 2, 32)
-    k, v = get_kv_scheme("int8").read(cache, torch.tensor([1]))
+    k, v = read_kv(cache, torch.tensor([1]))
     assert ((k[0, :, :10].transpose(0, 1) - keys).abs() <= ranges.k_scale[:, None] / 2 + 1e-5).all()
     assert ((v[0, :, :10].transpose(0, 1) - values).abs() <= ranges.v_scale[:, None] / 2 + 1e-5).all()
 

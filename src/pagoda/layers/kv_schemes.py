@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 
 from pagoda.errors import ConfigError
-from pagoda.kernels.kv_pack import MAX_COUNTERS, LayerCache, hadamard, read_kv
-
-__all__ = ["KV_SCHEMES", "KVScheme", "LayerCache", "StaticRanges", "get_kv_scheme"]
+from pagoda.kernels.kv_pack import MAX_COUNTERS, LayerCache, hadamard
 
 
 @dataclass(frozen=True)
@@ -80,10 +78,6 @@ class KVScheme:
         if self.rotated and static is None and math.log2(head_dim).is_integer():
             cache.rotation = hadamard(head_dim, device)
         return cache
-
-    def read(self, cache: LayerCache, blocks: Tensor) -> tuple[Tensor, Tensor]:
-        """The oracle: keys and values [*blocks, K, block_len, D] in float32, keys in the cache's basis."""
-        return read_kv(cache, blocks)
 
 
 KV_SCHEMES: dict[str, KVScheme] = {

@@ -31,6 +31,8 @@ from pagoda.models.layout import (
 )
 from pagoda.models.spec import ModelSpec
 
+LAYER_ROLES = {"attention.w_qkv": "qkv", "attention.wo": "o", "ffn.w_gate_up": "gate_up", "ffn.w_down": "down"}
+"""The matrices of a layer by their canonical names."""
 BAICHUAN2_VOCAB = 125696  # the vocabulary that tells Baichuan 2 from 1
 
 

@@ -84,6 +84,14 @@ class SafetensorsFile:
         return torch.frombuffer(self._map, dtype=dtype, count=count, offset=offset).view(shape)
 
 
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """One file of all of them."""
+    writer = SafetensorsWriter(path, len(tensors))
+    for name, tensor in tensors.items():
+        writer.add(name, tensor)
+    writer.close()
+
+
 class SafetensorsWriter:
     """Writes tensors one after the other, so that only one is in memory. Room for the header is kept in front and
     filled in by `close`; `max_tensors` bounds how many there may be."""

@@ -9,19 +9,13 @@ from torch import Tensor
 from pagoda.errors import WorkspaceError
 from pagoda.kernels.cpu.pack import PackedWeight
 from pagoda.layers.kv_schemes import StaticRanges
-from pagoda.models.local_weights import LocalMatrix, LocalTensor
+from pagoda.models.local_weights import LAYER_ROLES, LocalMatrix, LocalTensor
 from pagoda.models.safetensors_file import SafetensorsFile
 from pagoda.models.sharding import LocalShape
 from pagoda.models.spec import ModelSpec
 from pagoda.models.workspace import kv_ranges_file, open_workspace, rank_file
 
-ROLES = {
-    "attention.w_qkv": "qkv",
-    "attention.wo": "o",
-    "ffn.w_gate_up": "gate_up",
-    "ffn.w_down": "down",
-    "head": "head",
-}
+ROLES = {**LAYER_ROLES, "head": "head"}
 
 
 class LocalWorkspace:
@@ -95,7 +89,7 @@ def _module_names(spec: ModelSpec, packed: bool) -> Iterator[str]:
     tied = spec.tied_embeddings
     yield from ("norm", *(["embed"] if not (packed and tied) or spec.quant else []))
     yield from ["head"] if packed or not tied else []
-    kinds = [k for k in ROLES if k != "head"] + ["attention_norm", "ffn_norm"]
+    kinds = [*LAYER_ROLES, "attention_norm", "ffn_norm"]
     kinds += ["attention.q_norm", "attention.k_norm"] if spec.qk_norm else []
     kinds += ["attention_post_norm", "ffn_post_norm"] if spec.post_norms else []
     for layer in range(spec.num_layers):

@@ -31,7 +31,7 @@ from pagoda.models.layout import (
 )
 from pagoda.models.local_weights import LocalWeights, expected_shapes, layer_gains
 from pagoda.models.quant_config import parse_quant
-from pagoda.models.safetensors_file import SafetensorsFile, SafetensorsWriter
+from pagoda.models.safetensors_file import SafetensorsFile, write_tensors
 from pagoda.models.spec import ModelSpec, read_json
 from pagoda.quantize.recipe import Recipe
 from pagoda.quantize.walk import Layer
@@ -182,10 +182,7 @@ class Draft:
 
     def _write(self, path: Path, tensors: dict[str, Tensor]) -> None:
         draft = path.with_name(f".{path.name}")
-        writer = SafetensorsWriter(draft, len(tensors))
-        for name, tensor in tensors.items():
-            writer.add(name, tensor)
-        writer.close()
+        write_tensors(draft, tensors)
         draft.replace(path)
 
     def written(self, source: TensorSource, device: torch.device) -> LocalWeights:

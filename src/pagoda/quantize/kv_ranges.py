@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from pagoda.errors import UsageError, WorkspaceError
-from pagoda.models.safetensors_file import SafetensorsFile, SafetensorsWriter
+from pagoda.models.safetensors_file import SafetensorsFile, write_tensors
 from pagoda.models.workspace import is_workspace, kv_ranges_file, open_workspace
 
 SMALLEST = 1e-6
@@ -19,7 +19,7 @@ def write_stats(folder: Path, files: dict[str, dict[str, Tensor]]) -> None:
     """`FILE.safetensors` for each file of `calibrate`'s result."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, tensors in files.items():
-        _write(folder / f"{name}.safetensors", tensors)
+        write_tensors(folder / f"{name}.safetensors", tensors)
 
 
 def write_kv_ranges(stats_dir: Path, workspace: Path, symmetric: bool) -> Path:
@@ -42,7 +42,7 @@ def write_kv_ranges(stats_dir: Path, workspace: Path, symmetric: bool) -> Path:
             low, high, absmax = (stats.get(f"layers.{i}.{s}") for s in ("min", "max", "absmax"))
             scale, zero = ranges(low.amin(-1), high.amax(-1), absmax.amax(-1), symmetric)
             tensors |= {f"layers.{i}.{short}_scale": scale, f"layers.{i}.{short}_zero": zero}
-    _write(kv_ranges_file(workspace), tensors)
+    write_tensors(kv_ranges_file(workspace), tensors)
     return kv_ranges_file(workspace)
 
 
@@ -51,10 +51,3 @@ def ranges(low: Tensor, high: Tensor, absmax: Tensor, symmetric: bool) -> tuple[
     if symmetric:
         return (absmax / 127).clamp(min=SMALLEST), absmax * 0
     return ((high - low) / 255).clamp(min=SMALLEST), (low + high) / 2
-
-
-def _write(path: Path, tensors: dict[str, Tensor]) -> None:
-    writer = SafetensorsWriter(path, len(tensors))
-    for name, tensor in tensors.items():
-        writer.add(name, tensor)
-    writer.close()

@@ -19,13 +19,14 @@ from torch import Tensor
 
 from pagoda.errors import ModelError, UsageError
 from pagoda.layers.schemes import SCHEMES, Tensors
+from pagoda.models.local_weights import LAYER_ROLES
 from pagoda.models.spec import ModelSpec
 from pagoda.quantize.gptq import gptq
 from pagoda.quantize.moments import Moments
 from pagoda.quantize.rounding import round_groups, rounded, search_ranges
 from pagoda.quantize.scales import BEFORE, ScaleSearch, awq_scales, smooth_scales
 from pagoda.quantize.statistics import LayerStats
-from pagoda.quantize.walk import ROLES, Layer, Matrix, Streams, Walk
+from pagoda.quantize.walk import Layer, Matrix, Streams, Walk
 
 METHODS = ("rtn", "awq", "gptq", "awq-gptq", "smooth", "fp8")
 GROUPS = (32, 64, 128)
@@ -107,7 +108,7 @@ def quantize_layer(recipe: Recipe, walk: Walk, layer: Layer, streams: Streams) -
             search.fold(role, smooth_scales(stats[role].absmax, search.layer.weight(role)))
     whole = done = search.layer
     errors = {}
-    for role in ROLES.values():
+    for role in LAYER_ROLES.values():
         weight = whole.weight(role)
         pairs = zip(walk.inputs(whole, role, streams.original), walk.inputs(done, role, streams.ours))
         if recipe.fitted:

@@ -22,10 +22,9 @@ from pagoda.models import decoder as ops
 from pagoda.models.decoder import StepInput, StepProgram, layer_ops
 from pagoda.models.executors.eager import EagerExecutor, Frame
 from pagoda.models.loader import LayerWeights
-from pagoda.models.local_weights import LocalMatrix, LocalTensor, LocalWeights
+from pagoda.models.local_weights import LAYER_ROLES, LocalMatrix, LocalTensor, LocalWeights
 from pagoda.models.spec import ModelSpec
 
-ROLES = {"attention.w_qkv": "qkv", "attention.wo": "o", "ffn.w_gate_up": "gate_up", "ffn.w_down": "down"}
 BATCH_TOKENS = {"cuda": 4096, "cpu": 2048}
 Matrix = tuple[str, Tensors]  # scheme, canonical tensors
 Watch = Callable[[str, Tensor], None]  # told (role or "k" or "v", value) as a layer runs
@@ -70,8 +69,8 @@ def read_layer(weights: LocalWeights, index: int) -> Layer:
         else:
             assert isinstance(item, LocalMatrix)
             tensors = {key: t.to(weights.device) for key, t in item.tensors.items()}
-            layer.matrices[ROLES[name]] = (item.scheme, tensors)
-            layer.biases[ROLES[name]] = item.bias
+            layer.matrices[LAYER_ROLES[name]] = (item.scheme, tensors)
+            layer.biases[LAYER_ROLES[name]] = item.bias
     return layer
 
 

@@ -1,68 +1,68 @@
 """The engine's counters in Prometheus' text format, under our names and those that existing dashboards read."""
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 from pagoda.engine.metrics import EngineStats, Histogram
 
-NAMES: list[tuple[str, str, str, str | None, str | None]] = [
-    # ours, kind, what it tells, vllm's, lmdeploy's
-    ("requests_running", "gauge", "requests in the batch", "num_requests_running", "num_requests_running"),
-    ("requests_waiting", "gauge", "requests in the queue", "num_requests_waiting", "num_requests_waiting"),
-    ("kv_cache_usage", "gauge", "share of the KV blocks in use", "kv_cache_usage_perc", "gpu_cache_usage_perc"),
-    ("kv_blocks_cached", "gauge", "KV blocks that a prompt may find again", None, None),
-    ("sessions", "gauge", "conversations remembered", None, None),
-    ("prompt_tokens", "counter", "tokens of admitted prompts", "prompt_tokens", "prompt_tokens"),
-    ("generation_tokens", "counter", "tokens generated", "generation_tokens", "generation_tokens"),
-    ("cached_tokens", "counter", "prompt tokens found in the cache", "prefix_cache_hits", "cached_tokens"),
-    ("queried_tokens", "counter", "prompt tokens looked up in the cache", "prefix_cache_queries", None),
-    ("preemptions", "counter", "requests put back into the queue", "num_preemptions", None),
-    ("refused", "counter", "requests refused by the engine", "admission_rejections", None),
-    ("steps", "counter", "forward passes", None, None),
-    ("request_success", "counter", "requests ended, by reason", "request_success", "request_success"),
-    ("time_to_first_token_seconds", "histogram", "arrival to first token", "time_to_first_token_seconds",
-     "time_to_first_token_seconds"),
-    ("inter_token_latency_seconds", "histogram", "between tokens", "inter_token_latency_seconds",
-     "iter_token_latency"),
-    ("e2e_request_latency_seconds", "histogram", "arrival to end", "e2e_request_latency_seconds",
-     "e2e_request_latency_seconds"),
-    ("request_queue_time_seconds", "histogram", "in the queue", "request_queue_time_seconds", "queue_time_seconds"),
-]  # fmt: skip
+
+class Metric(NamedTuple):
+    """`value`: a number, a dict of numbers by reason, or a histogram."""
+
+    name: str
+    kind: str
+    about: str
+    value: Callable[[EngineStats], Any]
+    vllm: str | None = None
+    lmdeploy: str | None = None
 
 
-def values(stats: EngineStats) -> dict[str, Any]:
-    """A number, a dict of numbers by reason, or a histogram for each of our names."""
-    c = stats.counters
-    return {
-        "requests_running": stats.num_running,
-        "requests_waiting": stats.num_waiting,
-        "kv_cache_usage": stats.blocks_used / max(1, stats.num_blocks),
-        "kv_blocks_cached": stats.blocks_cached,
-        "sessions": stats.num_sessions,
-        "prompt_tokens": c.prompt_tokens,
-        "generation_tokens": c.generated_tokens,
-        "cached_tokens": c.cached_tokens,
-        "queried_tokens": c.prompt_tokens,
-        "preemptions": c.preemptions,
-        "refused": c.refused,
-        "steps": c.steps,
-        "request_success": c.finished,
-        "time_to_first_token_seconds": c.first_token_time,
-        "inter_token_latency_seconds": c.inter_token_time,
-        "e2e_request_latency_seconds": c.total_time,
-        "request_queue_time_seconds": c.queue_time,
-    }
+METRICS = (
+    Metric("requests_running", "gauge", "requests in the batch", lambda s: s.num_running,
+           "num_requests_running", "num_requests_running"),
+    Metric("requests_waiting", "gauge", "requests in the queue", lambda s: s.num_waiting,
+           "num_requests_waiting", "num_requests_waiting"),
+    Metric("kv_cache_usage", "gauge", "share of the KV blocks in use", lambda s: s.blocks_used / max(1, s.num_blocks),
+           "kv_cache_usage_perc", "gpu_cache_usage_perc"),
+    Metric("kv_blocks_cached", "gauge", "KV blocks that a prompt may find again", lambda s: s.blocks_cached),
+    Metric("sessions", "gauge", "conversations remembered", lambda s: s.num_sessions),
+    Metric("prompt_tokens", "counter", "tokens of admitted prompts", lambda s: s.counters.prompt_tokens,
+           "prompt_tokens", "prompt_tokens"),
+    Metric("generation_tokens", "counter", "tokens generated", lambda s: s.counters.generated_tokens,
+           "generation_tokens", "generation_tokens"),
+    Metric("cached_tokens", "counter", "prompt tokens found in the cache", lambda s: s.counters.cached_tokens,
+           "prefix_cache_hits", "cached_tokens"),
+    Metric("queried_tokens", "counter", "prompt tokens looked up in the cache", lambda s: s.counters.prompt_tokens,
+           "prefix_cache_queries"),
+    Metric("preemptions", "counter", "requests put back into the queue", lambda s: s.counters.preemptions,
+           "num_preemptions"),
+    Metric("refused", "counter", "requests refused by the engine", lambda s: s.counters.refused,
+           "admission_rejections"),
+    Metric("steps", "counter", "forward passes", lambda s: s.counters.steps),
+    Metric("request_success", "counter", "requests ended, by reason", lambda s: s.counters.finished,
+           "request_success", "request_success"),
+    Metric("time_to_first_token_seconds", "histogram", "arrival to first token", lambda s: s.counters.first_token_time,
+           "time_to_first_token_seconds", "time_to_first_token_seconds"),
+    Metric("inter_token_latency_seconds", "histogram", "between tokens", lambda s: s.counters.inter_token_time,
+           "inter_token_latency_seconds", "iter_token_latency"),
+    Metric("e2e_request_latency_seconds", "histogram", "arrival to end", lambda s: s.counters.total_time,
+           "e2e_request_latency_seconds", "e2e_request_latency_seconds"),
+    Metric("request_queue_time_seconds", "histogram", "in the queue", lambda s: s.counters.queue_time,
+           "request_queue_time_seconds", "queue_time_seconds"),
+)  # fmt: skip
 
 
 def exposition(stats: EngineStats, model: str) -> str:
     """The whole page."""
     escaped = model.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-    labels, found, lines = f'model_name="{escaped}",engine="0"', values(stats), []
-    for name, kind, about, vllm, lmdeploy in NAMES:
-        for prefix, alias in (("pagoda", name), ("vllm", vllm), ("lmdeploy", lmdeploy)):
+    labels, lines = f'model_name="{escaped}",engine="0"', []
+    for metric in METRICS:
+        for prefix, alias in (("pagoda", metric.name), ("vllm", metric.vllm), ("lmdeploy", metric.lmdeploy)):
             if alias is not None:
-                lines += [f"# HELP {prefix}:{alias} {about}", f"# TYPE {prefix}:{alias} {kind}"]
-                lines += _samples(f"{prefix}:{alias}" + ("_total" if kind == "counter" else ""), labels, found[name])
+                name = f"{prefix}:{alias}"
+                lines += [f"# HELP {name} {metric.about}", f"# TYPE {name} {metric.kind}"]
+                name += "_total" if metric.kind == "counter" else ""
+                lines += _samples(name, labels, metric.value(stats))
     return "\n".join(lines) + "\n"
 
 

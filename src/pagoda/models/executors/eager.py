@@ -13,11 +13,12 @@ from torch import Tensor
 from pagoda.config import EngineConfig
 from pagoda.kernels.act_mul import act_mul
 from pagoda.kernels.decode_attention import decode_attention
+from pagoda.kernels.kv_pack import LayerCache
 from pagoda.kernels.prefill_attention import prefill_attention
 from pagoda.kernels.rms_norm import rms_norm
 from pagoda.kernels.rope_cache import rope_and_write
 from pagoda.layers.embedding import embed
-from pagoda.layers.kv_schemes import LayerCache, get_kv_scheme
+from pagoda.layers.kv_schemes import get_kv_scheme
 from pagoda.layers.parallel import Group
 from pagoda.layers.rope import Rope, logn_scale
 from pagoda.models import decoder as ops
