@@ -15,11 +15,12 @@ from pagoda.errors import ConfigError, EngineDeadError, PagodaError
 from pagoda.log import get_logger
 from pagoda.models.find import resolve_model
 from pagoda.serve.addresses import listen, reachable
+from pagoda.serve.bell import Bell
 from pagoda.serve.http_process import HttpProcess
 from pagoda.serve.middleware import read_keys
 
 MAX_RESTARTS, RESTART_SECONDS = 3, 600.0
-PING_SECONDS = 1.0
+PING_SECONDS, LOOK_SECONDS = 1.0, 0.5
 STALL_SECONDS, HANG_SECONDS = 4.0, 120.0
 """Without an answer to a ping the engine is stalled after the first time if it does not compute either, after the
 second whatever it does; it is killed after the second."""
@@ -93,6 +94,7 @@ class Supervisor:
         """Serve until a signal comes, or until things die too often."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
+        self._bell = Bell()
         try:
             self._workers = [self._start_worker() for _ in range(self.serve.num_http_workers)]
             while True:
@@ -142,8 +144,10 @@ class Supervisor:
         assert transport.process is not None
         watch, looked = Watch(client, transport.process.pid), time.monotonic()
         while client.dead is None:
-            time.sleep(0.05)
+            self._bell.wait(LOOK_SECONDS)
             self._look_around(transport.address)
+            if transport.process.poll() is not None:
+                client.wait_dead()
             if time.monotonic() - looked < PING_SECONDS:
                 continue
             moving, silent = watch.look()
@@ -193,7 +197,7 @@ class Supervisor:
         while any(worker.process.poll() is None for worker in self._workers):
             if time.monotonic() > until or self._told_twice:
                 return 1
-            time.sleep(0.02)
+            self._bell.wait(LOOK_SECONDS)
         return 0
 
     def _end(self) -> None:
