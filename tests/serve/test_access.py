@@ -147,10 +147,16 @@ def test_a_full_server_says_so_at_once(mini: Pipeline) -> None:
 
 
 def test_the_engine_refuses_what_its_queue_cannot_hold(server: Running) -> None:
-    """16 run and 64 wait; 128 choices are too many, streamed or not."""
-    for stream in (True, False):
-        made = server.http.post("/v1/completions", json={"prompt": "a", "n": 128, "max_tokens": 50, "stream": stream})
-        assert made.status_code == 503 and made.json()["error"]["code"] == "overloaded"
+    """16 run and 64 wait; 60 choices are too many while 60 others are on their way, streamed or not, and 128 ever."""
+    body = {"prompt": "a", "n": 60, "max_tokens": 900, "stream": True, "ignore_eos": True}
+    with server.http.stream("POST", "/v1/completions", json=body) as first:
+        pieces = first.iter_bytes()  # which closes the connection when it is forgotten
+        assert first.status_code == 200 and next(pieces)
+        for stream in (True, False):
+            made = server.http.post("/v1/completions", json={**body, "stream": stream})
+            assert made.status_code == 503 and made.json()["error"]["code"] == "overloaded"
+            made = server.http.post("/v1/completions", json={**body, "n": 128, "stream": stream})
+            assert made.status_code == 400 and made.json()["error"]["param"] == "n"
     assert server.http.post("/v1/completions", json={"prompt": "a", "max_tokens": 1}).status_code == 200
 
 

@@ -23,6 +23,23 @@ RAW = [
     b'{"prompt": "a", "logit_bias": {"1": NaN}}',
     b"\x00" * 1000,
 ]
+TOOLS = [{"type": "function", "function": {"name": "f"}}]
+CHOICES: list[Any] = [
+    "f",
+    {"type": "function", "function": "f"},
+    {"type": "function", "function": ["f"]},
+    {"type": "function", "function": {"name": ["f"]}},
+    {"type": "function", "name": {"a": 1}},
+    {"type": "allowed_tools", "allowed_tools": ["f"]},
+    {"type": "allowed_tools", "allowed_tools": {"tools": ["f"]}},
+    {"type": "allowed_tools", "allowed_tools": {"tools": 5}},
+    {"type": "allowed_tools", "allowed_tools": {"tools": [{"function": "f"}]}},
+]
+IMPOSSIBLE: list[Any] = [
+    {"type": "regex", "regex": "[^\\s\\S]"},
+    {"type": "grammar", "grammar": "root ::= root"},
+    {"type": "json_schema", "json_schema": {"schema": {"$ref": "#"}}},
+]
 WRONG: list[tuple[str, dict[str, Any], str]] = [
     (TEXT, {"prompt": "a", "max_tokens": -5}, "max_tokens"),
     (TEXT, {"prompt": "a", "max_tokens": 0}, "max_tokens"),
@@ -67,7 +84,25 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     (CHAT, {"messages": HELLO, "chat_template_kwargs": {"messages": []}}, "reserved"),
     (CHAT, {"messages": HELLO, "chat_template_kwargs": {"a": "x" * 9000}}, "8192"),
     (CHAT, {"messages": HELLO, "stop": True}, "stop"),
-    (CHAT, {"messages": HELLO, "echo": True, "suffix": "x"}, "suffix"),
+    (CHAT, {"messages": HELLO, "suffix": "x"}, "suffix"),
+    (CHAT, {"messages": HELLO, "echo": True}, "echo"),
+    (CHAT, {"messages": HELLO, "do_preprocess": False}, "do_preprocess"),
+    (CHAT, {"messages": HELLO, "input_ids": [1, 2]}, "input_ids"),
+    (CHAT, {"messages": HELLO, "add_special_tokens": True}, "add_special_tokens"),
+    (CHAT, {"messages": [{"role": "user", "content": [{"type": "image", "text": "a cat"}]}]}, "image"),
+    (CHAT, {"messages": HELLO, "n": 100}, "at most 64"),
+    *((CHAT, {"messages": HELLO, "tools": TOOLS, "tool_choice": choice}, "tool_choice") for choice in CHOICES),
+    *((CHAT, {"messages": HELLO, "response_format": form}, "allows no text") for form in IMPOSSIBLE),
+    (TEXT, {"prompt": "a", "tools": TOOLS}, "tools"),
+    ("/v1/chat/interactive", {"prompt": []}, "messages"),
+    ("/v1/chat/interactive", {"prompt": "a", "n": 2}, "n is"),
+    ("/v1/chat/interactive", {"prompt": "a", "response_format": {"type": "json_object"}}, "response_format"),
+    ("/v1/chat/interactive", {"prompt": "a", "max_tokens": 3}, "max_tokens"),
+    ("/generate", {"prompt": "a", "guided_regex": "b"}, "guided_regex"),
+    ("/generate", {"prompt": "a", "logprobs": 3}, "logprobs"),
+    ("/detokenize", {"tokens": [-1]}, "tokens"),
+    ("/detokenize", {"tokens": [10**9]}, "tokens"),
+    ("/tokenize", {"messages": []}, "messages"),
     ("/v1/chat/interactive", {"prompt": "a", "session_id": "x"}, "session_id"),
     ("/v1/chat/interactive", {"prompt": "a", "request_output_len": -1}, "request_output_len"),
     ("/generate", {"max_tokens": 5}, "prompt"),
@@ -99,6 +134,22 @@ def test_bytes_that_are_no_request(server: Running, body: bytes) -> None:
 @pytest.mark.parametrize(("route", "body", "about"), WRONG, ids=lambda v: str(v)[:50])
 def test_fields_that_are_wrong_are_named(server: Running, route: str, body: Any, about: str) -> None:
     assert about in assert_refused(server.http.post(route, json=body))
+
+
+def test_any_name_may_stand_among_template_arguments(server: Running) -> None:
+    for name in ("self", "the end", "range", "raise_exception", "", "a b", "value"):
+        body = {"messages": HELLO, "chat_template_kwargs": {name: 1e300}, "max_tokens": 1}
+        assert server.http.post(CHAT, json=body).status_code == 200, name
+
+
+def test_fields_that_ask_for_nothing_are_taken_everywhere(server: Running) -> None:
+    """As a client sends them that knows one body for all routes."""
+    nothing = {"echo": False, "n": 1, "tools": None, "logprobs": None, "do_preprocess": True, "response_format": None}
+    for route, body in ((CHAT, {"messages": HELLO}), (TEXT, {"prompt": "a"}), ("/generate", {"prompt": "a"})):
+        made = server.http.post(route, json={**nothing, **body, "max_tokens": 1, "max_completion_tokens": 1})
+        assert made.status_code == 200, made.text
+    made = server.http.post("/v1/chat/interactive", json={**nothing, "prompt": "a", "request_output_len": 1})
+    assert made.status_code == 200 and "x-ignored-fields" not in made.headers, made.text
 
 
 def test_deep_values_inside_allowed_fields(server: Running) -> None:

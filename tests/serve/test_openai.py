@@ -2,6 +2,7 @@
 
 import json
 import math
+from typing import Any
 
 import openai
 import pytest
@@ -164,3 +165,29 @@ def test_unknown_fields_are_named_in_a_header(server: Running) -> None:
     body = {"messages": QUESTION, "max_tokens": 1, "surprise": 1, "user": "ada", "bad\nname": 2}
     made = server.http.post("/v1/chat/completions", json=body, headers={"x-request-id": "mine-1"})
     assert made.headers["x-ignored-fields"] == "surprise" and made.headers["x-request-id"] == "mine-1"
+
+
+def test_fields_that_other_servers_have_are_honoured(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ask(route: str, **body: Any) -> Any:
+        made = server.http.post(route, json=body)
+        assert made.status_code == 200 and "x-ignored-fields" not in made.headers, made.text
+        return made.json()
+
+    def text(**more: Any) -> Any:
+        return ask("/v1/completions", prompt="Once upon", **more)
+
+    begins, encode = [], server.pipe.tokenizer.encode
+    monkeypatch.setattr(
+        server.pipe.tokenizer, "encode", lambda text, add_bos: (begins.append(add_bos), encode(text, add_bos))[1]
+    )
+    for add in (True, False, None):
+        text(max_tokens=1, add_special_tokens=add)
+        ask("/generate", prompt="Once upon", add_special_tokens=add, max_tokens=1)
+    assert begins == [True, True, False, False, True, True]
+    assert text(max_completion_tokens=3, ignore_eos=True)["usage"]["completion_tokens"] == 3
+    cold = [text(do_sample=False, temperature=1.9, seed=seed)["choices"][0]["text"] for seed in (1, 2)]
+    assert cold[0] == cold[1] == text(temperature=0)["choices"][0]["text"]
+    free = text(temperature=0, structured_outputs={"json_object": False})["choices"][0]["text"]
+    assert free == cold[0]
+    made = ask("/generate", prompt="Once upon", max_completion_tokens=2, ignore_eos=True)
+    assert made["meta_info"]["completion_tokens"] == 2

@@ -111,13 +111,13 @@ class Pipeline:
         """A conversation that the engine remembers."""
         return Session(self, session_id, system)
 
-    def prompt_ids(self, prompt: Prompt, *, do_preprocess: bool = True) -> list[int]:
-        """Token ids of a prompt, as the engine will get them."""
+    def prompt_ids(self, prompt: Prompt, *, do_preprocess: bool = True, add_bos: bool = True) -> list[int]:
+        """Token ids of a prompt, as the engine will get them. `add_bos`: of one without a template."""
         if not do_preprocess:
             if not isinstance(prompt, str):
                 raise RequestError("do_preprocess=False takes a text, not messages.", "do_preprocess")
             self.check_length(prompt)
-            return self.tokenizer.encode(prompt, add_bos=True)
+            return self.tokenizer.encode(prompt, add_bos=add_bos)
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         return self.encode_rendered(self.template.render(messages))
 

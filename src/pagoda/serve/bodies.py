@@ -39,8 +39,23 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "logits_processors": (None, []),
     "kv_transfer_params": (None,),
     "best_of": (None, 1),
+    "n": (None, 1),
+    "echo": (None, False),
+    "logprobs": (None, False),
+    "top_logprobs": (None, 0),
+    "max_tokens": (None,),
+    "request_output_len": (None,),
+    "input_ids": (None, []),
+    "do_preprocess": (None, True),
+    "add_special_tokens": (None, False),
+    "tools": (None, []),
+    "tool_choice": (None, "none", "auto"),
+    "response_format": (None, {"type": "text"}),
+    "structured_outputs": (None, {}),
+    **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar"), (None,)),
 }
-"""Fields that would change the output and are not supported, with the values that ask for nothing."""
+"""Fields that would change the output and are not supported, by no route or not by all, with the values that ask for
+nothing."""
 
 HARMLESS = {
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_options",
@@ -80,6 +95,7 @@ class SamplingBody(Body):
     bad_words: list[str] | None = None
     logit_bias: dict[str, float] | None = None
     ignore_eos: bool | None = None
+    do_sample: bool | None = None
     skip_special_tokens: bool | None = None
     priority: int | None = Field(None, gt=-(2**31), lt=2**31)
     cache_salt: str | None = Field(None, max_length=256)
@@ -92,6 +108,7 @@ class SamplingBody(Body):
             raise RequestError("stop is true: give texts, token ids or false.", "stop")
         salt = f"{tenant}/{self.cache_salt or ''}"
         return GenerationConfig(
+            do_sample=self.do_sample,
             temperature=self.temperature,
             top_p=self.top_p,
             top_k=None if self.top_k is None else max(0, self.top_k),
@@ -126,6 +143,8 @@ class OpenAIBody(SamplingBody):
         """The one response format that is asked for, under whatever name."""
         given = [] if self.response_format is None else [self.response_format]
         named = {k: v for k, v in (self.structured_outputs or {}).items() if v is not None}
+        if named.get("json_object") is False:
+            del named["json_object"]
         for kind in ("json", "regex", "choice", "grammar"):
             value = getattr(self, f"guided_{kind}")
             if value is not None:
@@ -159,6 +178,8 @@ class ChatBody(OpenAIBody):
 class CompletionBody(OpenAIBody):
     prompt: str | list[str] | list[int] | list[list[int]]
     max_tokens: int | None = Field(None, ge=0)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    add_special_tokens: bool | None = None
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=20)
 
@@ -203,7 +224,7 @@ def check(request: Request, given: Any, kind: type[B]) -> B:
         raise RequestError("The body must be a JSON object.")
     for field in sorted(set(given) & set(REFUSED) - set(kind.model_fields)):
         if not any(given[field] == value and type(given[field]) is type(value) for value in REFUSED[field]):
-            raise RequestError(f"{field} is not supported: leave it out.", field)
+            raise RequestError(f"{field} is not supported here: leave it out.", field)
     unknown = sorted(set(given) - set(kind.model_fields) - set(REFUSED) - HARMLESS)
     request.state.ignored = [f for f in unknown if re.fullmatch(r"[\w.-]{1,64}", f, re.ASCII)][:16]
     try:
@@ -230,6 +251,8 @@ class GenerateBody(SamplingBody):
     prompt: str | None = None
     input_ids: list[int] | None = None
     max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    add_special_tokens: bool | None = None
     return_logprob: bool | None = None
 
 

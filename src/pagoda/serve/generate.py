@@ -32,12 +32,16 @@ def prepare_generate(pipe: Pipeline, config: ServeConfig, body: GenerateBody, te
     if (body.prompt is None) == (body.input_ids is None):
         raise RequestError("Give either prompt or input_ids.", "prompt")
     if body.prompt is not None:
-        ids = pipe.prompt_ids(body.prompt, do_preprocess=False)
+        ids = pipe.prompt_ids(body.prompt, do_preprocess=False, add_bos=body.add_special_tokens is not False)
     else:
         ids, vocab = body.input_ids or [], pipe.engine.info.vocab_size
         if any(not 0 <= token < vocab for token in ids):
             raise RequestError(f"input_ids has a token id outside 0 to {vocab - 1}.", "input_ids")
-    gen = body.generation(tenant, max_new_tokens=body.max_tokens, logprobs=0 if body.return_logprob else None)
+    gen = body.generation(
+        tenant,
+        max_new_tokens=body.max_tokens or body.max_completion_tokens,
+        logprobs=0 if body.return_logprob else None,
+    )
     return pipe.prepare(ids, gen, max_wait=config.queue_seconds, continues=True)
 
 

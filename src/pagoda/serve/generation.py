@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from pagoda.engine.request import Output
-from pagoda.errors import EngineError, PagodaError
+from pagoda.errors import EngineError, PagodaError, RequestError
 from pagoda.log import get_logger
 from pagoda.offline import Answering, Piece, Pipeline, Prepared
 from pagoda.serve.error_map import ClientGoneError
@@ -57,6 +57,9 @@ class Generation:
     and then calls `at_end`."""
 
     def __init__(self, pipe: Pipeline, prepared: list[Prepared], seconds: float):
+        most = pipe.engine.info.max_queued
+        if len(prepared) > most:
+            raise RequestError(f"{len(prepared)} answers are asked for: at most {most} can wait here at once.", "n")
         self._inbox: asyncio.Queue[Output] = asyncio.Queue()
         self.answers: list[Answering] = []
         self.at_end: Callable[[], Any] = lambda: None

@@ -56,17 +56,24 @@ def choose_tools(body: ChatBody) -> tuple[list[dict[str, Any]], bool]:
         return tools, choice == "required"
     must = True
     if isinstance(choice, dict) and choice.get("type") == "function":
-        names = [(choice.get("function") or choice).get("name")]
+        names = [_name_of(choice)]
     elif isinstance(choice, dict) and choice.get("type") == "allowed_tools":
         allowed = choice.get("allowed_tools", choice)
-        names = [(t.get("function") or t).get("name") for t in allowed.get("tools", [])]
-        must = allowed.get("mode") == "required"
+        given = allowed.get("tools") if isinstance(allowed, dict) else None
+        names = [_name_of(tool) for tool in given] if isinstance(given, list) else []
+        must = isinstance(allowed, dict) and allowed.get("mode") == "required"
     else:
         raise RequestError("tool_choice must be none, auto, required, a function or allowed_tools.", "tool_choice")
     known = {tool["function"]["name"]: tool for tool in tools}
-    if not names or any(name not in known for name in names):
+    if not names or not all(isinstance(name, str) and name in known for name in names):
         raise RequestError("tool_choice names a tool that is not among the tools.", "tool_choice")
     return [known[name] for name in names], must
+
+
+def _name_of(choice: Any) -> Any:
+    """What names the function: a text, unless the client is wrong."""
+    function = (choice.get("function") or choice) if isinstance(choice, dict) else None
+    return function.get("name") if isinstance(function, dict) else None
 
 
 def pick(given: str | None, guess: str | None, known: Any) -> str | None:

@@ -29,7 +29,9 @@ def prompts_of(pipe: Pipeline, body: CompletionBody) -> list[list[int]]:
         raise RequestError("prompt is empty: send at least one.", "prompt")
     prompts = []
     for one in given:
-        ids = pipe.prompt_ids(one, do_preprocess=False) if isinstance(one, str) else one
+        ids = one
+        if isinstance(one, str):
+            ids = pipe.prompt_ids(one, do_preprocess=False, add_bos=body.add_special_tokens is not False)
         if not ids and pipe.tokenizer.bos_id is not None:
             ids = [pipe.tokenizer.bos_id]
         prompts.append(ids)
@@ -43,7 +45,7 @@ def prepare_completion(pipe: Pipeline, config: ServeConfig, body: CompletionBody
     prompts = prompts_of(pipe, body)
     if len(prompts) * (body.n or 1) > MAX_CHOICES:
         raise RequestError(f"At most {MAX_CHOICES} choices are made at once: send fewer prompts or a smaller n.", "n")
-    limit = None if body.max_tokens is None else max(1, body.max_tokens)
+    limit = body.max_completion_tokens if body.max_tokens is None else max(1, body.max_tokens)
     prompt_logprobs = body.logprobs if body.echo else None
     gen = body.generation(tenant, max_new_tokens=limit, logprobs=body.logprobs, prompt_logprobs=prompt_logprobs)
     grammar = compile_grammar(body.format())

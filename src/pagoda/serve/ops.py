@@ -82,6 +82,9 @@ async def tokenize(request: Request) -> dict[str, Any]:
 async def detokenize(request: Request) -> dict[str, str]:
     body = await read_body(request, DetokenizeBody)
     backend: Backend = request.app.state.backend
+    last = backend.pipe.engine.info.vocab_size - 1
+    if not all(0 <= token <= last for token in body.tokens):
+        raise RequestError(f"tokens has a token id outside 0 to {last}, those the model has.", "tokens")
     return {"prompt": await backend.prepare(backend.pipe.tokenizer.decode, body.tokens, False)}
 
 

@@ -238,7 +238,8 @@ class GrammarMatcher:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise GrammarError(f"The grammar failed: {_sentence(self._matcher.get_error())}", "response_format")
+            what = self._matcher.get_error().partition("<state>")[0]
+            raise GrammarError(f"The grammar failed: {_sentence(what)}", "response_format")
 
     def copy(self) -> "GrammarMatcher":
         """Another that stands where this one does."""
@@ -281,4 +282,9 @@ class GrammarMasks:
 
     def matcher(self, grammar: str) -> GrammarMatcher:
         """A fresh matcher of what `compile_grammar` returned; `GrammarError` when it cannot be built."""
-        return GrammarMatcher(llguidance.LLMatcher(self._library, grammar, log_level=0), self._ends)
+        made = llguidance.LLMatcher(self._library, grammar, log_level=0)
+        matcher = GrammarMatcher(made, self._ends)
+        made.compute_bitmask()
+        if made.is_error() and "NoExtension" in made.get_error():
+            raise GrammarError("The response format allows no text: no token can begin it.", "response_format")
+        return matcher

@@ -26,6 +26,7 @@ MAX_MESSAGES = 2048
 MAX_OUTPUT_CHARS = 16 << 20
 MAX_KWARGS_BYTES = 8 << 10
 RESERVED = ("messages", "tools", "add_generation_prompt", "bos_token", "eos_token", "chat_template", "f")
+TEXT_PARTS = ("text", "input_text", "output_text")
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>", "<eoa>", "<|action_end|>")
 """Tokens that end an assistant's turn in the templates where they occur, whatever the generation config says."""
 
@@ -81,8 +82,8 @@ def plain_message(message: Mapping[str, Any]) -> dict[str, Any]:
     content = plain.get("content")
     if isinstance(content, Sequence) and not isinstance(content, str):
         for part in content:
-            if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
-                kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+            kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
+            if kind not in TEXT_PARTS or not isinstance(part.get("text"), str):
                 raise TemplateError(f"A message holds a part of type {kind!r}: this model reads text parts only.")
         plain["content"] = "".join(part["text"] for part in content)
     elif content is None:
@@ -126,6 +127,7 @@ class ChatTemplate:
 
     def render(
         self,
+        /,
         messages: Sequence[Mapping[str, Any]],
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
@@ -133,6 +135,8 @@ class ChatTemplate:
     ) -> str:
         """The prompt of OpenAI-style `messages`, begin-of-sequence text included. `kwargs` reach the template
         (`enable_thinking=...`). `TemplateError` when the template refuses the messages or a limit is passed."""
+        if not messages:
+            raise TemplateError("There are no messages: send at least one.")
         if len(messages) > MAX_MESSAGES:
             raise TemplateError(f"The conversation has {len(messages)} messages: at most {MAX_MESSAGES} are allowed.")
         reserved = sorted(set(kwargs) & set(RESERVED))
