@@ -39,7 +39,6 @@ class Stepper:
             block_table_RB=self.table[rows].to(self.device),
             logit_row_L=torch.arange(len(position), device=self.device),
             max_query_len=max(len(tokens) for _, tokens in chunks),
-            max_kv_len=max(lens),
             decode=all(len(tokens) == 1 for _, tokens in chunks),
             rope_len_T=int32(rope),
         )

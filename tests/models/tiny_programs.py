@@ -105,6 +105,5 @@ def make_step(rows: list[tuple[int, int]], vocab: int, block_len: int = BLOCK_LE
         block_table_RB=table,
         logit_row_L=None,
         max_query_len=max(new for _, new in rows),
-        max_kv_len=max(done + new for done, new in rows),
         decode=all(new == 1 for _, new in rows),
     )

@@ -76,7 +76,7 @@ class TorchSession:
         self._owner = owner
         self.history = [{"role": "system", "content": system}] if system else []
 
-    def _settings(self, gen: GenerationConfig, num_prompt: int) -> dict[str, Any]:
+    def _settings(self, gen: GenerationConfig) -> dict[str, Any]:
         owner = self._owner
         ends = {*owner.tokenizer.eos_ids, *owner.template.stop_ids}
         given = {n: getattr(gen, n) for n in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")}
@@ -95,7 +95,7 @@ class TorchSession:
         owner = self._owner
         turn = [*self.history, {"role": "user", "content": text}]
         ids = owner.tokenizer.encode(owner.template.render(turn))
-        settings = self._settings(gen_config, len(ids))
+        settings = self._settings(gen_config)
         queue: SimpleQueue[list[int] | None] = SimpleQueue()
         stop = threading.Event()
         if gen_config.random_seed is not None:

@@ -87,7 +87,6 @@ class DeviceBatch:
             block_table_RB=rows.table_RW,
             logit_row_L=None,
             max_query_len=1,
-            max_kv_len=width * self.block_len,
             decode=True,
         )
 
@@ -141,7 +140,6 @@ class DeviceBatch:
             block_table_RB=self.block_table_SB[:, : shape.width].index_select(0, slot_R),
             logit_row_L=last_R,
             max_query_len=shape.max_query_len,
-            max_kv_len=shape.width * self.block_len,
             decode=shape.max_query_len == 1,
             single_rows=shape.single_rows or 0,
             single_len_R=single_len_R.to(torch.int32) if shape.single_rows is None else None,

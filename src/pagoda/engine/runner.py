@@ -172,7 +172,7 @@ class Runner:
         for init, entry in zip(step.sampling, logprobs or (), strict=False):
             if entry is not None:  # a step computes as many as its most curious row wants
                 del entry.top[init.params.logprobs or 0 :]
-        prompt = {row.slot: _read_prompt(row, packed) for row, packed in step.prompt_rows}
+        prompt = {row.slot: _read_prompt(packed) for row, packed in step.prompt_rows}
         return StepResult(tokens=tokens, logprobs=logprobs, prompt_logprobs=prompt)
 
     def _launch_decode(self, rows: list[Row], slots: list[int], flags: SampleFlags) -> Sampled:
@@ -310,7 +310,7 @@ def num_weights(spec: ModelSpec) -> int:
     return spec.num_layers * hidden * (heads + 3 * spec.ffn_size)
 
 
-def _read_prompt(row: Row, packed: torch.Tensor) -> list[TokenLogprobs]:
+def _read_prompt(packed: torch.Tensor) -> list[TokenLogprobs]:
     values, ids = packed[0].tolist(), packed[1].long().tolist()
     return [
         TokenLogprobs(token=i[0], logprob=v[0], top=list(zip(i[1:], v[1:], strict=True)))

@@ -129,7 +129,6 @@ class StepInput:
     block_table_RB: Tensor  # int32
     logit_row_L: Tensor | None  # int64, indices into T
     max_query_len: int
-    max_kv_len: int
     decode: bool
     rope_len_T: Tensor | None = None  # int32
     single_rows: int = 0

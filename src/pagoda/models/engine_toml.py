@@ -12,16 +12,9 @@ from pagoda.toml_data import tomllib
 log = get_logger(__name__)
 
 VERSION = 2
-SETTINGS = {
-    "session_len": "session_len",
-    "max_batch_size": "max_batch_size",
-    "cache_max_entry_count": "cache_max_entry_count",
-    "cache_block_seq_len": "cache_block_seq_len",
-    "quant_policy": "quant_policy",
-    "rope_scaling_factor": "rope_scaling_factor",
-    "use_logn_attn": "use_logn_attn",
-}
-"""engine.toml's name -> field of EngineConfig; `tensor_para_size` stands beside them and is not to be edited."""
+SETTINGS = ("session_len", "max_batch_size", "cache_max_entry_count", "cache_block_seq_len", "quant_policy",
+            "rope_scaling_factor", "use_logn_attn")  # fmt: skip
+"""Fields of EngineConfig; `tensor_para_size` stands beside them and is not to be edited."""
 
 OLD_POLICY = {0: "none", 4: "int8"}  # what numbers meant in version 1
 
@@ -36,9 +29,9 @@ def write_engine_toml(path: Path, config: EngineConfig, tp: int) -> None:
         "# devices the weights are cut for; to change it convert again",
         f"tensor_para_size = {tp}",
     ]
-    for name, field in SETTINGS.items():
-        value = getattr(config, field)
-        lines += ["", f"# {fields[field].metadata['help']}"]
+    for name in SETTINGS:
+        value = getattr(config, name)
+        lines += ["", f"# {fields[name].metadata['help']}"]
         lines.append(f"# {name} =" if value is None else f"{name} = {_literal(value)}")
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
@@ -72,7 +65,7 @@ def read_engine_toml(path: Path) -> dict[str, Any]:
     unknown = sorted(set(values) - set(SETTINGS))
     if unknown:
         raise WorkspaceError(f"{path} has unknown settings {', '.join(unknown)}: it knows {', '.join(SETTINGS)}.")
-    settings = {SETTINGS[name]: value for name, value in values.items()} | {"tp": tp}
+    settings = values | {"tp": tp}
     try:
         checked = EngineConfig.from_mapping(settings)
     except ConfigError as e:

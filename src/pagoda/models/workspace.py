@@ -25,18 +25,10 @@ class Workspace:
     """An open workspace. `settings`: EngineConfig fields from engine.toml, `tp` among them. `packed`: the number format
     (torch's name) for which its weights are packed for CPUs; None where they are canonical."""
 
-    folder: Path
     spec: ModelSpec
     settings: dict[str, Any]
     template: str | None
     packed: str | None = None
-
-    @property
-    def tokenizer(self) -> Path:
-        return self.folder / "tokenizer"
-
-    def rank_file(self, rank: int) -> Path:
-        return rank_file(self.folder, rank, self.settings["tp"])
 
 
 def rank_file(folder: Path, rank: int, size: int) -> Path:
@@ -82,7 +74,7 @@ def open_workspace(folder: Path) -> Workspace:
             f"{model.get('tp')}: write that number, or convert again with --tp {settings['tp']}."
         )
     spec = spec_from_json(model.get("spec") or {})
-    return Workspace(folder, spec, settings, model.get("template"), model.get("packed"))
+    return Workspace(spec, settings, model.get("template"), model.get("packed"))
 
 
 def remembered_template(folder: Path) -> str | None:

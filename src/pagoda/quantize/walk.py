@@ -135,7 +135,6 @@ class Walk:
             block_table_RB=table_RB,
             logit_row_L=None,
             max_query_len=length,
-            max_kv_len=length,
             decode=False,
             rope_len_T=torch.full_like(position_T, length, dtype=torch.int32),
         )

@@ -58,10 +58,7 @@ class Scheme(Protocol):
     def shard(self, canonical: Tensors, role: str, rank: int, world: int, unit: int = 1) -> Tensors:
         """Rank's part of one unfused canonical matrix: column parallel roles by N, row parallel by K. Every rank gets
         ceil(size / unit / world) * unit, filled with zeros past the end; unit is the smallest run that stays whole (a
-        head, a group). The loader takes the same unit for gate, up and down: `down_unit(canonical of down)`."""
-
-    def down_unit(self, canonical: Tensors) -> int:
-        """The smallest run of inputs that a row parallel split keeps whole (1, or the group size)."""
+        head, a group)."""
 
     def pack(self, canonical: Tensors, role: str, device: torch.device, dtype: torch.dtype) -> Tensors:
         """Canonical (fused, sharded) to packed; dtype is that of the activations."""

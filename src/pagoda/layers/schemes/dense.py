@@ -36,9 +36,6 @@ class Dense:
     def shard(self, canonical: Tensors, role: str, rank: int, world: int, unit: int = 1) -> Tensors:
         return {"weight": cut(canonical["weight"], cut_dim(role), rank, world, unit)}
 
-    def down_unit(self, canonical: Tensors) -> int:
-        return 1
-
     def pack(self, canonical: Tensors, role: str, device: torch.device, dtype: torch.dtype) -> Tensors:
         return {"weight": canonical["weight"].to(device=device, dtype=dtype).contiguous()}
 

@@ -91,9 +91,6 @@ class EightBit:
             part["scales"] = cut(scales, 1, rank, world, per // GROUP)
         return part
 
-    def down_unit(self, canonical: Tensors) -> int:
-        return 1 if canonical["scales"].dim() == 1 else GROUP
-
     def pack(self, canonical: Tensors, role: str, device: torch.device, dtype: torch.dtype) -> Tensors:
         return {key: t.to(device).contiguous() for key, t in canonical.items()}
 

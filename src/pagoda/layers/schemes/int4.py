@@ -135,9 +135,6 @@ class Int4:
             "zeros": cut(canonical["zeros"], 1, rank, world, unit=per // group),
         }
 
-    def down_unit(self, canonical: Tensors) -> int:
-        return group_of(canonical)
-
     def pack(self, canonical: Tensors, role: str, device: torch.device, dtype: torch.dtype) -> Tensors:
         moved = {key: t.to(device) for key, t in canonical.items()}
         if device.type != "cuda" or dtype == torch.float32:
