@@ -1,6 +1,5 @@
 """What quantizing did to a model: numbers as plain data, a table for the terminal, a page with plots."""
 
-import html
 import math
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,10 @@ from pagoda.quantize.evaluate import Evaluator, paired_loss
 from pagoda.quantize.mini_tasks import overall
 from pagoda.quantize.produce import Produced, Progress
 from pagoda.quantize.recipe import Recipe
+from pagoda.text.template import compile_template
 
 Report = dict[str, Any]
-COLOURS = ("#3b6ea5", "#c2703d", "#5a9367", "#8a5a9e")
+COLORS = ("#3b6ea5", "#c2703d", "#5a9367", "#8a5a9e")
 
 
 def measure(
@@ -90,67 +90,36 @@ def table(report: Report) -> str:
 
 def page(report: Report) -> str:
     """One HTML page that needs nothing else: tables, errors by layer, accuracy by task."""
-    title = f"{report['recipe']['method']} of {report['model']}"
-    cells = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>"
-        for row in [("", "before", "after", "change"), *rows_of(report)]
-    )
-    roles = list(report["layers"][0]) if report["layers"] else []
-    lines = {role: [row[role] for row in report["layers"]] for role in roles}
-    plots = [("Error of each matrix's output, share of its power (logarithmic), by layer", _lines(lines))]
-    if "accuracy" in report["before"]:
-        both = {k: (v, report["after"]["accuracy"][k]) for k, v in report["before"]["accuracy"].items()}
-        plots.append(("Exact match by task, before and after", _bars(both)))
-    body = "".join(f"<h2>{html.escape(name)}</h2>{svg}" for name, svg in plots)
-    style = "body{font:15px sans-serif;max-width:60em;margin:2em auto}td{padding:2px 14px;text-align:right}"
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f"<style>{style}td:first-child{{text-align:left}}</style><h1>{html.escape(title)}</h1>"
-        f"<table>{cells}</table>{body}</html>"
+    before, after = (report[when].get("accuracy", {}) for when in ("before", "after"))
+    template = compile_template(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
+    return template.render(
+        title=f"{report['recipe']['method']} of {report['model']}",
+        rows=[("", "before", "after", "change"), *rows_of(report)],
+        colors=COLORS,
+        curves=_curves(report["layers"]),
+        tasks=[(task, accuracy, after[task]) for task, accuracy in before.items()],
     )
 
 
-def _svg(width: int, height: int, inside: list[str]) -> str:
-    return (
-        f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" font-size="11">{"".join(inside)}</svg>'
-    )
-
-
-def _text(x: float, y: float, text: str, colour: str = "#333") -> str:
-    return f'<text x="{x:.0f}" y="{y:.0f}" fill="{colour}">{html.escape(text)}</text>'
-
-
-def _lines(series: dict[str, list[float]]) -> str:
-    """One line a series over the layers, logarithmic, with a grid line at each power of ten."""
-    known = [math.log10(max(v, 1e-12)) for values in series.values() for v in values if v == v]
+def _curves(layers: list[dict[str, float]]) -> dict[str, Any] | None:
+    """Errors by layer in pixels, logarithmic: `grid` of powers of ten, `lines` of points; None where none is known."""
+    known = [math.log10(max(v, 1e-12)) for layer in layers for v in layer.values() if v == v]
     if not known:
-        return "<p>not measured</p>"
+        return None
     low, high = math.floor(min(known)), math.ceil(max(known) + 1e-9)
-    across = 620 / max(len(next(iter(series.values()))) - 1, 1)
-    parts = []
+    across = 620 / max(len(layers) - 1, 1)
 
     def y(power: float) -> float:
         return 230 - 210 * (power - low) / (high - low)
 
-    for power in range(low, high + 1):
-        parts.append(f'<path d="M60 {y(power):.0f}h620" stroke="#ddd"/>' + _text(14, y(power) + 4, f"1e{power}"))
-    for (name, values), colour in zip(series.items(), COLOURS):
-        points = [(60 + i * across, y(math.log10(max(v, 1e-12)))) for i, v in enumerate(values)]
-        path = " ".join(f"{x:.1f},{h:.1f}" for x, h in points)
-        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        parts += [f'<circle cx="{x:.1f}" cy="{h:.1f}" r="3" fill="{colour}"/>' for x, h in points]
-        parts.append(_text(695, 20 + 16 * list(series).index(name), name, colour))
-    return _svg(780, 245, parts)
-
-
-def _bars(pairs: dict[str, tuple[float, float]]) -> str:
-    """Two bars a name, of shares from 0 to 1."""
-    parts = []
-    for i, (name, values) in enumerate(pairs.items()):
-        parts.append(_text(4, 26 * i + 18, name))
-        for j, (value, colour) in enumerate(zip(values, COLOURS)):
-            parts.append(
-                f'<rect x="110" y="{26 * i + 5 + 9 * j}" width="{540 * value:.1f}" height="8" fill="{colour}"/>'
-            )
-        parts.append(_text(660, 26 * i + 18, f"{values[0]:.2%} / {values[1]:.2%}"))
-    return _svg(780, 26 * len(pairs) + 8, parts)
+    lines = [
+        (
+            role,
+            [
+                (round(60 + i * across, 1), round(y(math.log10(max(layer[role], 1e-12))), 1))
+                for i, layer in enumerate(layers)
+            ],
+        )
+        for role in layers[0]
+    ]
+    return {"grid": [(power, round(y(power))) for power in range(low, high + 1)], "lines": lines}

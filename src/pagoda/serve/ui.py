@@ -4,6 +4,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -16,22 +17,6 @@ LANGUAGES = {"en": "English", "zh": "中文"}
 WORDS = read_table("serve", "ui_words")
 MAX_CHATS = 50
 REDRAW_SECONDS = 0.05
-CSS = """
-footer {display: none !important}
-#chat {flex-grow: 1; min-height: 45vh}
-#speed {min-height: 1.6em; opacity: 0.75; font-size: 0.9em}
-#bar button {min-width: 0}
-@media (max-width: 640px) {.gradio-container {padding: 8px !important} #chat {min-height: 55vh}}
-"""
-JS = """() => {
-  document.addEventListener("keydown", e => { if (e.key === "Escape") document.querySelector("#stop")?.click() });
-  const widen = tries => {
-    const toggle = document.querySelector(".sidebar .toggle-button");
-    if (toggle && innerWidth > 768) toggle.click(); else if (!toggle && tries) setTimeout(widen, 100, tries - 1);
-  };
-  widen(50);
-}"""
-"""Escape stops; the list of conversations is open where there is room."""
 DARK = "() => { document.body.classList.toggle('dark') }"
 
 Messages = list[dict[str, Any]]
@@ -259,8 +244,8 @@ def launch(client: Client, server_name: str, server_port: int, block: bool = Tru
         quiet=True,
         ssr_mode=False,
         theme=theme,
-        css=CSS,
-        js=JS,
+        css=Path(__file__).with_name("page.css").read_text(encoding="utf-8"),
+        js=Path(__file__).with_name("page.js").read_text(encoding="utf-8"),
         footer_links=[],
         prevent_thread_lock=not block,
     )

@@ -158,11 +158,7 @@ class OutputParser:
         return True
 
     def _open_reasoning(self) -> bool:
-        self._buffer = self._buffer.lstrip()
-        if not self._buffer:
-            return False
-        self._state = self._in_reasoning
-        return True
+        return self._without_space(self._in_reasoning)
 
     def _in_reasoning(self) -> bool:
         assert self._think is not None
@@ -178,11 +174,14 @@ class OutputParser:
         return True
 
     def _after_reasoning(self) -> bool:
+        return self._without_space(self._start)
+
+    def _without_space(self, then: Callable[[], bool]) -> bool:
+        """White space is left out before the state `then`."""
         self._buffer = self._buffer.lstrip()
-        if not self._buffer:
-            return False
-        self._state = self._start
-        return True
+        if self._buffer:
+            self._state = then
+        return bool(self._buffer)
 
     def _start(self) -> bool:
         """At the start of the answer, where a bare JSON object is a call in some formats."""
