@@ -131,6 +131,28 @@ def test_idle_sessions_expire_and_busy_ones_do_not():
     assert [s.idle for s in sessions.list() if s.id == "a"] == [3.0] and sessions.tokens("a") == [1]
 
 
+def test_a_turn_that_runs_for_long_keeps_no_idle_session_alive():
+    now = [0.0]
+    sessions = Sessions(ttl=10, clock=lambda: now[0], max_sessions=5)
+    for name in ("busy", "busy too"):
+        sessions.begin(name, name)
+    for i in range(9):
+        now[0] += 1
+        sessions.begin(f"s{i}", f"r{i}")
+        sessions.end(f"s{i}", f"r{i}", [1], 1)
+        sessions.expire()
+    assert {s.id for s in sessions.list()} == {"busy", "busy too", "s6", "s7", "s8"}
+    now[0] = 18.0
+    sessions.expire()
+    assert {s.id for s in sessions.list()} == {"busy", "busy too", "s7", "s8"}
+    assert [s.id for s in sessions.list("s8")] == ["s8"]
+    for i in range(20, 24):
+        sessions.begin(f"s{i}", f"r{i}")
+    sessions.expire()
+    assert {s.id for s in sessions.list() if s.busy} == {"busy", "busy too", "s20", "s21", "s22", "s23"}
+    assert len(sessions) == 6
+
+
 def test_memory_is_bounded_and_the_longest_idle_go_first():
     sessions = Sessions(max_sessions=3, max_tokens=10)
     for i in range(5):

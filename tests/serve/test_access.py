@@ -3,6 +3,7 @@
 import json
 import logging
 import queue
+import socket
 import subprocess
 import sys
 import threading
@@ -188,6 +189,19 @@ def test_logs_hold_no_prompts(server: Running, caplog: pytest.LogCaptureFixture)
     assert not any("xylophone" in line or "sk-hidden" in line for line in lines)
 
 
+def test_a_client_that_leaves_amid_its_body_is_no_failure_of_the_server(server: Running, caplog) -> None:
+    port, over = httpx.URL(server.url).port, threading.Event()
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nx-request-id: gone-1\r\ncontent-length: 100\r\n\r\n"
+    emit = caplog.handler.emit
+    caplog.handler.emit = lambda r: (emit(r), getattr(r, "fields", {}).get("request_id") == "gone-1" and over.set())
+    with caplog.at_level("INFO"), socket.create_connection(("127.0.0.1", port)) as half:
+        half.sendall(head + b'{"prompt"')
+        half.shutdown(socket.SHUT_RDWR)
+        assert over.wait(10) and server.http.get("/health").status_code == 200
+    [line] = [r.fields for r in caplog.records if getattr(r, "fields", {}).get("request_id") == "gone-1"]
+    assert line["status"] == 499 and not [r for r in caplog.records if r.levelno >= logging.WARNING]
+
+
 async def test_without_an_engine_everything_is_503() -> None:
     backend = Backend("mini", ServeConfig())
     transport = httpx.ASGITransport(app=make_app(backend, ServeConfig()))
@@ -217,6 +231,31 @@ def test_a_worker_whose_connection_broke_is_not_ready_and_connects_again(monkeyp
     mended.set()
     assert pipes.get(timeout=60) is backend.pipe is not pipe
     assert app.get("/ready").status_code == 200 and app.post(CHAT, json=HELLO).status_code == 200
+    backend.lose()
+    owner.close()
+
+
+@pytest.mark.timeout(90)
+def test_a_worker_that_lacks_a_descriptor_connects_when_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = EngineConfig(device="cpu", session_len=256, max_batch_size=2, num_threads=1)
+    engine, backend, attached = spawn_engine("mini", config), Backend("mini", ServeConfig()), threading.Event()
+    owner, fails = EngineClient(engine), ["a socket", "the vocabulary"]
+    monkeypatch.setattr(backend_module, "time", SimpleNamespace(sleep=lambda seconds: None))
+
+    def failing(real):
+        def made(*given, **named):
+            if fails:
+                raise OSError(24, fails.pop())
+            return real(*given, **named)
+
+        return made
+
+    for name in ("SocketTransport", "Pipeline"):
+        monkeypatch.setattr(backend_module, name, failing(getattr(backend_module, name)))
+    attach = backend.attach
+    monkeypatch.setattr(backend, "attach", lambda pipe: (attach(pipe), attached.set()))
+    backend.follow({"engine": "start", "address": engine.address})
+    assert attached.wait(60) and not fails and backend.state == "ready"
     backend.lose()
     owner.close()
 

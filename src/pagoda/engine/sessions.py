@@ -21,7 +21,7 @@ MAX_TOKENS = 1 << 28  # 1 GiB of token ids
 
 
 class SessionInfo(Struct):
-    """`num_tokens` of history; `idle` seconds since the last turn began or ended; `busy`: a turn is running."""
+    """`num_tokens` of history; `idle` seconds since it was last used; `busy`: a turn is running."""
 
     id: str
     num_tokens: int
@@ -128,11 +128,14 @@ class Sessions:
 
     def expire(self) -> None:
         """Forget the sessions that were idle for longer than `ttl`, and the oldest ones beyond the limits."""
-        while self._sessions:
+        for _ in range(len(self._sessions)):
             session_id, session = next(iter(self._sessions.items()))
             full = len(self._sessions) > self.max_sessions or self._num_tokens > self.max_tokens
-            if session.turn is not None or (self.clock() - session.used <= self.ttl and not full):
+            if self.clock() - session.used <= self.ttl and not full:
                 return
+            if session.turn is not None:
+                self._touch(session_id)  # in use: others are older
+                continue
             self.delete(session_id)
             self.lose([session_id])
 
@@ -142,9 +145,10 @@ class Sessions:
         while len(self._forgotten) > self.max_sessions:
             self._forgotten.popitem(last=False)
 
-    def list(self) -> "list[SessionInfo]":
-        now = self.clock()
-        return [SessionInfo(i, len(s.tokens), now - s.used, s.turn is not None) for i, s in self._sessions.items()]
+    def list(self, prefix: str = "") -> "list[SessionInfo]":
+        """Those whose id begins with `prefix`."""
+        now, mine = self.clock(), [(i, s) for i, s in self._sessions.items() if i.startswith(prefix)]
+        return [SessionInfo(i, len(s.tokens), now - s.used, s.turn is not None) for i, s in mine]
 
     def snapshot(self, prefix: str = "") -> dict[str, array]:
         """All committed histories of the sessions whose id begins with `prefix`; nobody may change them."""

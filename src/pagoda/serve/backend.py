@@ -23,7 +23,7 @@ from pagoda.offline import Pipeline, Prepared
 from pagoda.text.template import template_names
 
 PREPARE_SECONDS = 10.0
-RECONNECT_SECONDS = 0.5
+RECONNECT_SECONDS, RETRY_SECONDS = 0.5, 2.0
 R = TypeVar("R")
 log = get_logger(__name__)
 
@@ -40,6 +40,7 @@ class Backend:
         self._state = "loading"
         self._pipe: Pipeline | None = None
         self._transport: SocketTransport | None = None
+        self._address: str | None = None  # of the engine that there should be
         self._lock = threading.Lock()
         self._sessions: OrderedDict[str, None] = OrderedDict()  # that had a turn here
         self._threads = ThreadPoolExecutor(8, thread_name_prefix="pagoda-prepare")
@@ -72,37 +73,49 @@ class Backend:
         self._pipe, self.state = pipe, "ready"
 
     def stay_connected(self, address: str) -> None:
-        """`connect`, and again whenever the connection breaks; blocks until `lose` is called."""
-        pipe = self.connect(address)
-        while pipe is not None:
+        """`connect`, and again whenever that fails or the connection breaks; blocks until `lose` is called."""
+        while self._address == address:
+            try:
+                pipe = self._connect(address)
+            except Exception:  # there may be a file descriptor, or a thread, in a moment
+                log.exception("the engine cannot be reached from here")
+                time.sleep(RETRY_SECONDS)
+                continue
+            if pipe is None:
+                return
             pipe.engine.wait_dead()
             time.sleep(RECONNECT_SECONDS)
-            pipe = self.connect(address, pipe)
 
-    def connect(self, address: str, broken: Pipeline | None = None) -> Pipeline | None:
-        """Wait for the engine at `address`; blocks, and gives up (None) when `lose` is called meanwhile. `broken`: what
-        the new pipeline replaces; None when that was lost already."""
+    def connect(self, address: str) -> Pipeline | None:
+        """Wait for the engine at `address`; blocks, and gives up (None) when `lose` is called meanwhile. Raises what
+        goes wrong on this side."""
+        self._address = address
+        return self._connect(address)
+
+    def _connect(self, address: str) -> Pipeline | None:
         transport = SocketTransport(address)
         with self._lock:
-            if broken is not None and self._pipe is not broken:
+            if self._address != address:
                 transport.close()
                 return None
             self._pipe, self._transport, self.state = None, transport, "loading"
             lost = list(self._sessions)
-        if lost and broken is None:  # the engine tells their clients
+        if lost:  # the engine tells the clients of those that it does not know
             transport.send(wire.Call(0, "lose_sessions", {"session_ids": lost}))
         try:
             client = EngineClient(transport)
         except PagodaError as error:  # the supervisor tells why
             log.debug("no engine: %s", error)
             return None
+        except Exception:
+            transport.close()
+            raise
         try:
             pipe = Pipeline(self.model, chat_template=self.chat_template, engine=client)
             pipe.check_length("")  # reads the vocabulary, which the first request need not wait for
-        except Exception as error:  # the engine runs, but nobody can talk to it from here
-            log.error("the model's text files cannot be read: %s", error)
+        except Exception:
             client.close()
-            return None
+            raise
         with self._lock:
             if self._transport is not transport:
                 return None
@@ -113,7 +126,7 @@ class Backend:
         """The engine is gone: open requests end with an error."""
         with self._lock:
             pipe, transport = self._pipe, self._transport
-            self._pipe, self._transport, self.state = None, None, "down"
+            self._pipe, self._transport, self._address, self.state = None, None, None, "down"
         if pipe is not None:
             pipe.engine.close("The engine's process ended unexpectedly: try again in a moment.")
         elif transport is not None:
@@ -140,6 +153,7 @@ class Backend:
     def follow(self, event: dict[str, Any]) -> None:
         """One message of the supervisor."""
         if event["engine"] == "start":
+            self._address = event["address"]
             threading.Thread(target=self.stay_connected, args=(event["address"],), daemon=True).start()
         elif event["engine"] == "down":
             self.lose()

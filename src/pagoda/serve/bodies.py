@@ -6,10 +6,11 @@ from typing import Any, TypeVar
 
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from pagoda.config import GenerationConfig
 from pagoda.errors import MediaTypeError, RequestError, SlowRequestError
+from pagoda.serve.error_map import ClientGoneError
 
 READ_SECONDS = 20.0
 MAX_CHOICES = 128
@@ -215,6 +216,8 @@ async def read_json(request: Request) -> Any:
         data = await asyncio.wait_for(request.body(), READ_SECONDS)
     except asyncio.TimeoutError:
         raise SlowRequestError(f"The body did not arrive within {READ_SECONDS:g} s.") from None
+    except ClientDisconnect:
+        raise ClientGoneError("The client left before its body was there.") from None
     return load_json(data)
 
 

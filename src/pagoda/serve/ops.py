@@ -101,12 +101,11 @@ async def abort(request: Request) -> dict[str, int]:
 
 @router.get("/v1/sessions", summary="The conversations of this key that are remembered", responses=failures(401, 503))
 async def sessions(request: Request) -> dict[str, Any]:
-    found = msgspec.convert(await request.app.state.backend.call("list_sessions"), list[SessionInfo])
     prefix = session_name(request.state.tenant, "")
-    mine = [s for s in found if s.id.startswith(prefix)]
+    found = await request.app.state.backend.call("list_sessions", prefix=prefix)
     shape = [
         {"id": s.id[len(prefix) :], "tokens": s.num_tokens, "idle_seconds": round(s.idle, 1), "busy": s.busy}
-        for s in mine
+        for s in msgspec.convert(found, list[SessionInfo])
     ]
     return {"object": "list", "data": shape}
 
