@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import pagoda
+from pagoda.toml_data import tomllib
 
 ROOT = Path(pagoda.__file__).parent
 FLOORS = {
@@ -93,3 +94,11 @@ def test_data_never_becomes_code() -> None:
     bad = "import pickle\neval('1')\ntorch.load(f)\nrun(x, shell=True)\njinja2.Environment()\nfrom yaml import load\n"
     wanted = ["eval", "jinja2.Environment", "pickle", "shell=True", "torch.load", "yaml.load"]
     assert sorted(dangers_of(bad)) == wanted
+
+
+def test_a_wheel_brings_every_file() -> None:
+    """What stands beside the code is package data, too."""
+    project = tomllib.loads((ROOT.parents[1] / "pyproject.toml").read_text(encoding="utf-8"))
+    brought = {p for glob in project["tool"]["setuptools"]["package-data"]["pagoda"] for p in ROOT.glob(glob)}
+    files = {p for p in ROOT.rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc")}
+    assert files - brought == set() and ROOT / "text" / "named_templates.toml" in files
