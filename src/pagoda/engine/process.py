@@ -35,7 +35,7 @@ from pagoda.engine.scheduler import Scheduler
 from pagoda.engine.scheduler_config import SchedulerConfig
 from pagoda.engine.session_files import read_sessions, write_sessions
 from pagoda.engine.sessions import Sessions
-from pagoda.engine.workers import OwnWorker, Workers
+from pagoda.engine.workers import Workers
 from pagoda.errors import EngineError, PagodaError
 from pagoda.layers.parallel import Group
 from pagoda.log import get_logger, setup_logging
@@ -288,7 +288,9 @@ def start_workers(
         return RayRanks(folder, spec, config, progress)
     if config.tp > 1:
         return LocalRanks(folder, spec, config, progress, last_words, place)
-    return OwnWorker(Runner(folder, spec, config, Group.single(), progress))
+    runner = Runner(folder, spec, config, Group.single(), progress)
+    runner.start()
+    return runner
 
 
 class SocketServer:

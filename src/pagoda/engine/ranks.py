@@ -63,7 +63,6 @@ class LocalRanks:
         place: Path | None = None,
     ):
         device, config = pick_device(config), divided(spec, config)
-        self.run_ahead = 1 if device.type == "cuda" else 0
         self._last_words = last_words or (lambda _: None)
         self._folder = Path(tempfile.mkdtemp(prefix="pagoda-ranks-", dir=place))
         self._fate: PagodaError | None = None
@@ -91,7 +90,7 @@ class LocalRanks:
             cause = self._explain(error)
             self.close()
             raise cause from error
-        self.plan = self._runner.plan
+        self.plan, self.run_ahead = self._runner.plan, self._runner.run_ahead
 
     def launch(self, schedule: Schedule, mask_LW: np.ndarray | None = None) -> None:
         step = say.Step.of(schedule, mask_LW)
@@ -112,8 +111,8 @@ class LocalRanks:
 
     def describe(self) -> list[str]:
         assert self._runner is not None
-        ranks = f"{len(self._children) + 1} ranks: {self._runner.executor.describe()}"
-        return [ranks, self._group.describe(), *self.plan.lines()]
+        runs, *plan = self._runner.describe()
+        return [f"{len(self._children) + 1} ranks: {runs}", self._group.describe(), *plan]
 
     def close(self) -> None:
         """End all ranks; waits for them at most ten seconds, then kills. May be called twice."""
@@ -234,7 +233,6 @@ class RankProcess:
         runner.start()
         self._life.promise(say.PATIENCE_RUNNING)
         self._life.link.send(say.Loaded())
-        ahead = 1 if runner.device.type == "cuda" else 0
         flights: deque[Schedule] = deque()
         try:
             while True:
@@ -242,7 +240,7 @@ class RankProcess:
                 assert isinstance(step, say.Step)
                 runner.launch(step.schedule, step.mask_LW())
                 flights.append(step.schedule)
-                if len(flights) > ahead:
+                if len(flights) > runner.run_ahead:
                     flights.popleft()
                     runner.collect()
         except EOFError:

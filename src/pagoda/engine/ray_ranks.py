@@ -91,7 +91,7 @@ class RankActor:
         self._runner.launch(message.schedule, message.mask_LW())
         if self._rank:
             self._flights.append(message.schedule)
-            if len(self._flights) > (self._runner.device.type == "cuda"):
+            if len(self._flights) > self._runner.run_ahead:
                 self._flights.popleft()
                 self._runner.collect()
 

@@ -110,9 +110,15 @@ class Runner:
             block_bytes=self.executor.bytes_per_block(),
             dtype_bytes=dtype.itemsize,
         )
+        # A CPU computes a step while it is launched: to run ahead would only waste rows.
+        self.run_ahead = 1 if self.device.type == "cuda" else 0
         self._in_flight: deque[InFlight] = deque()
         self._last_slots: list[int] = []
         self._inits: dict[int, SlotInit] = {}
+
+    def describe(self) -> list[str]:
+        """Lines for the start-up report."""
+        return [self.executor.describe(), *self.plan.lines()]
 
     def start(self) -> None:
         """Take the cache and the batch's memory; called once, after `plan` is agreed among the ranks."""

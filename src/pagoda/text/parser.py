@@ -6,10 +6,11 @@ The joined events are the same however the reply is cut into pushes. What might 
 import re
 import secrets
 import string
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from pagoda.text.reasoning import REASONING_FORMATS
+from pagoda.text.stream import beginning_len
 from pagoda.text.tools import NAME_THEN_ARGUMENTS, TOOL_FORMATS, CallReader
 
 
@@ -74,15 +75,10 @@ def collect(events: Iterable[Event]) -> ParsedReply:
     return reply
 
 
-def held_back(text: str, marks: Iterable[str]) -> int:
+def held_back(text: str, marks: Sequence[str]) -> int:
     """Length of the longest end of `text` that may grow into one of `marks`, with the white space before it."""
-    longest = 0
-    for mark in marks:
-        for length in range(min(len(mark) - 1, len(text)), longest, -1):
-            if mark.startswith(text[-length:]):
-                longest = length
-                break
-    return len(text) - len(text[: len(text) - longest].rstrip())
+    sure = text[: len(text) - beginning_len(text, marks)]
+    return len(text) - len(sure.rstrip())
 
 
 class OutputParser:

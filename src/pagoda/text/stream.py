@@ -10,6 +10,16 @@ from collections.abc import Iterable, Sequence
 from pagoda.text.tokenizer import Tokenizer
 
 
+def beginning_len(text: str, marks: Sequence[str]) -> int:
+    """Length of the longest end of `text` that may grow into one of `marks`."""
+    longest = max(map(len, marks), default=0) - 1
+    for length in range(min(longest, len(text)), 0, -1):
+        tail = text[-length:]
+        if any(len(mark) > length and mark.startswith(tail) for mark in marks):
+            return length
+    return 0
+
+
 class StopMatcher:
     """Finds the first of several texts in a stream of text. Text that may be the beginning of one is held back.
 
@@ -32,8 +42,7 @@ class StopMatcher:
             _, start, self.found = min(hits)
             out, self._held = self._held[:start], ""
             return out
-        keep = self._longest_beginning()
-        cut = len(self._held) - keep
+        cut = len(self._held) - beginning_len(self._held, self._stops)
         out, self._held = self._held[:cut], self._held[cut:]
         return out
 
@@ -41,14 +50,6 @@ class StopMatcher:
         """The text held back, when no more will come."""
         out, self._held = self._held, ""
         return out
-
-    def _longest_beginning(self) -> int:
-        longest = max((len(s) for s in self._stops), default=0) - 1
-        for length in range(min(longest, len(self._held)), 0, -1):
-            tail = self._held[-length:]
-            if any(len(s) > length and s.startswith(tail) for s in self._stops):
-                return length
-        return 0
 
 
 class TextStream:
