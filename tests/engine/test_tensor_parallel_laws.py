@@ -84,7 +84,7 @@ def test_three_ranks_of_mini_hold_a_grammar() -> None:
 def test_a_workspace_of_two_ranks_in_four_bits(tiny_llama: Path, prompts: list[list[int]], tmp_path: Path) -> None:
     """Each rank reads its own file; the number of ranks comes from engine.toml."""
     config = EngineConfig(device="cpu", max_batch_size=8, session_len=256, cache_block_seq_len=SHORT_BLOCK)
-    four = config.replace(weight_format="int4")
+    four = config.replace(weight_format="int4", device="auto")  # weights packed for CPUs are for one process
     whole = write_workspace(tiny_llama, tmp_path / "one", four)
     halves = write_workspace(tiny_llama, tmp_path / "two", four.replace(tp=2))
     (halves / "weights" / "rank-0-of-1.safetensors").write_bytes(b"nobody reads this")
