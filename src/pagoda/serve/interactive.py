@@ -51,23 +51,28 @@ def prepare_turn(
     )
 
 
+def nothing_said(session_id: int, history_len: int, reason: str | None) -> dict[str, Any]:
+    """The shape of all answers."""
+    counts = {"tokens": 0, "input_tokens": 0, "history_tokens": history_len}
+    return {"text": "", **counts, "finish_reason": reason, "session_id": session_id}
+
+
 class InteractiveWriter:
     """One JSON object a line, or one in all."""
 
     media_type = "application/x-ndjson"
 
-    def __init__(self, session_id: int, history_len: int, generation: Generation | None):
-        self._session_id, self._history_len, self._generation = session_id, history_len, generation
-
-    def shape(self, text: str, tokens: int, input_tokens: int, reason: str | None) -> dict[str, Any]:
-        counts = {"tokens": tokens, "input_tokens": input_tokens, "history_tokens": self._history_len}
-        return {"text": text, **counts, "finish_reason": reason, "session_id": self._session_id}
+    def __init__(self, session_id: int, history_len: int, generation: Generation):
+        self._session_id, self._history_len, self._reply = session_id, history_len, generation.answers[0].reply
 
     def _now(self, text: str, reason: str | None) -> dict[str, Any]:
-        assert self._generation is not None
-        reply = self._generation.answers[0].reply
-        shape = self.shape(text, reply.generate_token_len, max(0, reply.input_token_len - self._history_len), reason)
-        return {**shape, "cached_tokens": reply.cached_token_len}
+        reply = self._reply
+        return nothing_said(self._session_id, self._history_len, reason) | {
+            "text": text,
+            "tokens": reply.generate_token_len,
+            "input_tokens": max(0, reply.input_token_len - self._history_len),
+            "cached_tokens": reply.cached_token_len,
+        }
 
     def take(self, index: int, piece: Piece) -> bytes:
         if not piece.text and piece.finish_reason is None:
@@ -78,12 +83,10 @@ class InteractiveWriter:
         return b""
 
     def failure(self, error: PagodaError) -> bytes:
-        return orjson.dumps({**self.shape("", 0, 0, "error"), **error_body(error)}) + b"\n"
+        return orjson.dumps({**nothing_said(self._session_id, self._history_len, "error"), **error_body(error)}) + b"\n"
 
     def whole(self) -> dict[str, Any]:
-        assert self._generation is not None
-        reply = self._generation.answers[0].reply
-        return self._now(reply.text, reply.finish_reason)
+        return self._now(self._reply.text, self._reply.finish_reason)
 
 
 def session_name(tenant: str, session_id: int | str) -> str:
@@ -119,7 +122,7 @@ async def converse(request: Request, body: InteractiveBody) -> Response:
     session = session_name(tenant, wanted) if remembered else None
 
     def brief(reason: str, history_len: int = 0) -> Response:
-        shape = InteractiveWriter(wanted, history_len, None).shape("", 0, 0, reason)
+        shape = nothing_said(wanted, history_len, reason)
         return Response(orjson.dumps(shape) + (b"\n" if body.stream else b""), media_type="application/json")
 
     if session is not None and (body.cancel or body.stop is True):
