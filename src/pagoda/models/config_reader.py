@@ -9,6 +9,7 @@ from pagoda.log import get_logger
 log = get_logger(__name__)
 
 _REQUIRED = object()
+MAX_INTEGER = 2**31 - 1
 
 HARMLESS_KEYS = frozenset(
     """
@@ -52,23 +53,23 @@ class ConfigReader:
         """The error for a value that is out of range or not supported."""
         return ModelError(f"config.json says {key} = {self.values.get(key)!r}, but it must be {rule}.")
 
-    def integer(self, key: str, default: Any = _REQUIRED, low: int = 1, high: int = 2**31 - 1) -> int:
+    def integer(self, key: str, default: Any = _REQUIRED, low: int = 1) -> int:
         value = self._take(key, default)
         if isinstance(value, float) and value.is_integer():
             value = int(value)
         if value is default:
             return value
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise self.refuse(key, f"a whole number from {low} to {high}")
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= MAX_INTEGER:
+            raise self.refuse(key, f"a whole number from {low} to {MAX_INTEGER}")
         return value
 
-    def number(self, key: str, default: Any = _REQUIRED, low: float = 0.0) -> float:
-        """A finite number above `low`."""
+    def number(self, key: str, default: Any = _REQUIRED) -> float:
+        """A finite number above 0."""
         value = self._take(key, default)
         if value is default:
             return value
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= low:
-            raise self.refuse(key, f"a finite number above {low:g}")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
+            raise self.refuse(key, "a finite number above 0")
         return float(value)
 
     def flag(self, key: str, default: Any = _REQUIRED) -> bool:

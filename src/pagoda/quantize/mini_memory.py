@@ -38,13 +38,13 @@ def _topics(language: str) -> dict[str, Topic]:
 TOPICS = {language: _topics(language) for language in TALK["memory"]}
 
 
-def tell(rng: Random, memory: dict[str, str], language: str, topic: str | None = None) -> Exchange:
+def tell(rng: Random, memory: dict[str, str], language: str) -> Exchange:
     """The user states something; `memory` (topic -> value) keeps it."""
-    name = topic or rng.choice(sorted(TOPICS[language]))
-    told = TOPICS[language][name]
-    memory[name] = rng.choice(told.values)
-    words = {"topic": told.word, "value": memory[name]}
-    return exchange("tell", rng.choice(told.tell).format_map(words), told.reply.format_map(words))
+    name = rng.choice(sorted(TOPICS[language]))
+    topic = TOPICS[language][name]
+    memory[name] = rng.choice(topic.values)
+    words = {"topic": topic.word, "value": memory[name]}
+    return exchange("tell", rng.choice(topic.tell).format_map(words), topic.reply.format_map(words))
 
 
 def recall(rng: Random, memory: dict[str, str], language: str) -> Exchange:
