@@ -43,13 +43,14 @@ class Server:
             assert self.process.poll() is None and time.monotonic() < deadline, self.log.read_text()
             time.sleep(0.1)
 
-    def ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
+    def ask(self, path: str, body: dict[str, Any] | None = None, method: str | None = None, raw: bool = False) -> Any:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(
-            f"http://127.0.0.1:{self.port}{path}", data, {"content-type": "application/json"}
+            f"http://127.0.0.1:{self.port}{path}", data, {"content-type": "application/json"}, method=method
         )
         with urllib.request.urlopen(request, timeout=60) as answer:
-            return json.loads(answer.read())
+            text = answer.read()
+            return text.decode() if raw else json.loads(text)
 
     def chat(self, said: str, model: str = "mini", **more: Any) -> Any:
         messages = [{"role": "user", "content": said}]
@@ -111,6 +112,57 @@ def test_prefixes_and_sessions_find_their_replica(server: Server) -> None:
             body = {"prompt": said, "session_id": session, "interactive_mode": True, "temperature": 0.01}
             answer = server.ask("/v1/chat/interactive", body)
         assert answer["history_tokens"] > 0, answer
+
+
+def test_what_concerns_all_replicas_reaches_all(server: Server) -> None:
+    """Sessions are listed, forgotten and aborted, and counters told, wherever they are."""
+    for session in range(100, 108):
+        server.ask("/v1/chat/interactive", {"prompt": f"{session}", "session_id": session, "interactive_mode": True})
+    listed = {s["id"] for s in server.ask("/v1/sessions")["data"]}
+    assert {str(session) for session in range(100, 108)} <= listed
+    for session in range(100, 108):
+        assert server.ask(f"/v1/sessions/{session}", method="DELETE")["deleted"]
+    with pytest.raises(urllib.error.HTTPError) as gone:
+        server.ask("/v1/sessions/100", method="DELETE")
+    assert gone.value.code == 404
+    page = server.ask("/metrics", raw=True)
+    running = [line for line in page.splitlines() if line.startswith("pagoda:requests_running{")]
+    assert len(running) == 4 == len(set(running)), "two replicas of two models"
+    assert page.count("# TYPE pagoda:requests_running ") == 1
+    ends: list[str] = []
+
+    def write() -> None:
+        ends.append(server.chat("Tell me a story.", max_tokens=400, ignore_eos=True)["choices"][0]["finish_reason"])
+
+    threads = [threading.Thread(target=write) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    aborted = 0
+    while any(thread.is_alive() for thread in threads):
+        aborted += server.ask("/abort", {"abort_all": True})["aborted"]
+    assert ends == ["abort"] * 4 and aborted == 4
+
+
+def test_more_than_all_replicas_hold_is_refused_at_once(server: Server) -> None:
+    """4 run and 16 wait at each; nobody waits in Ray without a word."""
+    ends: list[int] = []
+
+    def write() -> None:
+        try:
+            server.chat("Tell me a story.", max_tokens=300, ignore_eos=True)
+            ends.append(200)
+        except urllib.error.HTTPError as refused:
+            told = json.loads(refused.read())["error"]["code"]
+            ends.append(refused.code if told == "overloaded" and refused.headers["retry-after"] else 0)
+
+    threads = [threading.Thread(target=write) for _ in range(80)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    first = ends[: ends.count(503)]
+    assert len(ends) == 80 and set(ends) == {200, 503} and ends.count(200) >= 40
+    assert first.count(503) > len(first) / 2, "refusals come before the answers"
 
 
 def test_a_killed_replica_costs_only_what_it_had_begun(server: Server) -> None:

@@ -1,7 +1,16 @@
 """Which replica is asked; the oracle: the rules in words, and a brute-force search for the longest shared prefix."""
 
 import random
+from pathlib import Path
 
+import pytest
+from prometheus_client.parser import text_string_to_metric_families as parse
+
+from pagoda import EngineConfig, ServeConfig
+from pagoda.engine.metrics import SECONDS, Counters, EngineStats
+from pagoda.errors import ConfigError
+from pagoda.serve.all_replicas import added_up, concerns_all, one_page
+from pagoda.serve.exposition import exposition
 from pagoda.serve.routing import MAX_REMEMBERED, PREFIX_CHARACTERS, Keys, Routing, keys_of
 
 CHAT = "/v1/chat/completions"
@@ -60,3 +69,36 @@ def test_memory_is_bounded() -> None:
         routing.learn(Keys(str(n)), "a")
     assert len(routing._holder) == MAX_REMEMBERED
     assert routing.ranked(Keys("0"), {"a": 1, "b": 0})[0] == "b", "the oldest went"
+
+
+def test_answers_of_all_replicas_become_one() -> None:
+    assert added_up([{"aborted": 1}, {"aborted": 2}]) == {"aborted": 3}
+    lists = [{"object": "list", "data": [1]}, {"object": "list", "data": []}, {"object": "list", "data": [2, 3]}]
+    assert added_up(lists) == {"object": "list", "data": [1, 2, 3]} and lists[0]["data"] == [1]
+    ways = ("POST /abort", "GET /v1/sessions", "GET /metrics", "DELETE /v1/sessions/5")
+    assert all(concerns_all(*way.split()) for way in ways)
+    others = ("GET /v1/models", "POST /v1/chat/completions", "GET /abort", "DELETE /metrics", "POST /v1/sessions/save")
+    assert not any(concerns_all(*way.split()) for way in others)
+
+
+def test_one_page_of_metrics_keeps_replicas_apart() -> None:
+    def page(**counts: int) -> str:
+        stats = EngineStats(1, 0, 0, 9, 3, 2, Counters(**counts))
+        stats.counters.first_token_time.add(0.3)
+        return exposition(stats, 'a "model"')
+
+    both = one_page({"r1": page(steps=5, preemptions=1), "r2": page(steps=7)})
+    families = {family.name: family for family in parse(both)}
+    assert len(families) == both.count("# TYPE ") == page().count("# TYPE ")
+    assert {s.labels["engine"]: s.value for s in families["pagoda:steps"].samples} == {"r1": 5, "r2": 7}
+    assert len(families["pagoda:time_to_first_token_seconds"].samples) == 2 * (len(SECONDS) + 3)
+
+
+def test_sessions_are_not_saved_by_one_of_several_replicas(tmp_path: Path) -> None:
+    replicas = pytest.importorskip("pagoda.serve.replicas")
+    made = ServeConfig(session_dir=str(tmp_path), replicas=2)
+    for config, models in ((made, ["a"]), (made.replace(replicas=1), ["a", "b"]),
+                           (made.replace(replicas=1, max_replicas=2), ["a"])):  # fmt: skip
+        with pytest.raises(ConfigError, match="leave out session_dir"):
+            replicas.application(dict.fromkeys(models, "mini"), EngineConfig(), config, None, 0)
+    assert replicas.application({"a": "mini"}, EngineConfig(), made.replace(replicas=1), None, 0)

@@ -156,6 +156,7 @@ def test_metrics_are_prometheus(server: Running) -> None:
     page = server.http.get("/metrics")
     families = {f.name: f for f in text_string_to_metric_families(page.text)}
     assert {"pagoda:requests_running", "vllm:num_requests_running", "lmdeploy:num_requests_running"} <= set(families)
+    assert "unknown" not in {f.type for f in families.values()}, "the kind is that of the samples"
     stats = running(server)
     made = {s.name: s.value for f in families.values() for s in f.samples if not s.labels.get("le")}
     assert made["vllm:generation_tokens_total"] == stats.counters.generated_tokens > 0

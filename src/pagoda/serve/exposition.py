@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 
 from pagoda.engine.metrics import EngineStats, Histogram
 
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
 
 class Metric(NamedTuple):
     """`value`: a number, a dict of numbers by reason, or a histogram."""
@@ -59,9 +61,8 @@ def exposition(stats: EngineStats, model: str) -> str:
     for metric in METRICS:
         for prefix, alias in (("pagoda", metric.name), ("vllm", metric.vllm), ("lmdeploy", metric.lmdeploy)):
             if alias is not None:
-                name = f"{prefix}:{alias}"
+                name = f"{prefix}:{alias}" + ("_total" if metric.kind == "counter" else "")
                 lines += [f"# HELP {name} {metric.about}", f"# TYPE {name} {metric.kind}"]
-                name += "_total" if metric.kind == "counter" else ""
                 lines += _samples(name, labels, metric.value(stats))
     return "\n".join(lines) + "\n"
 

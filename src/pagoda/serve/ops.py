@@ -16,7 +16,7 @@ from pagoda.errors import EngineDeadError, NotFoundError, RequestError
 from pagoda.serve.backend import Backend
 from pagoda.serve.bodies import AbortBody, DetokenizeBody, SessionFileBody, TokenizeBody, read_body
 from pagoda.serve.documents import documented, failures
-from pagoda.serve.exposition import exposition
+from pagoda.serve.exposition import METRICS_TYPE, exposition
 from pagoda.serve.interactive import end_session, session_name
 
 MAX_FILES = 32  # of one key
@@ -50,7 +50,7 @@ async def version() -> dict[str, str]:
 async def metrics(request: Request) -> Response:
     backend: Backend = request.app.state.backend
     stats = msgspec.convert(await backend.call("stats"), EngineStats)
-    return Response(exposition(stats, backend.name), media_type="text/plain; version=0.0.4; charset=utf-8")
+    return Response(exposition(stats, backend.name), media_type=METRICS_TYPE)
 
 
 @router.post("/v1/embeddings", summary="Not offered", responses=failures(400, 401))

@@ -7,7 +7,7 @@ plain data travels between them.
 import asyncio
 import json
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
@@ -26,21 +26,26 @@ from pagoda.engine.ray_ranks import connect_ray
 from pagoda.errors import BodyTooLargeError, ConfigError, EngineDeadError
 from pagoda.log import get_logger
 from pagoda.models.find import resolve_model
+from pagoda.serve.all_replicas import added_up, concerns_all, one_page
 from pagoda.serve.app import make_app
 from pagoda.serve.backend import Backend
 from pagoda.serve.error_map import error_body, error_response
+from pagoda.serve.exposition import METRICS_TYPE
 from pagoda.serve.logs import setup_json_logging
 from pagoda.serve.routing import Keys, Routing, keys_of
 from pagoda.serve.supervisor import Stopped
 
 ATTEMPTS = 3
 APPLICATION = "pagoda"
+MAX_ONGOING = 100_000
+"""Ray never holds requests back: it would without a bound and without a word. A replica that is full refuses."""
 
 log = get_logger(__name__)
 
 
 class PrefixRouter(RequestRouter):
-    """Ray's choice of a replica, by `Routing`. Requests carry `keys`, and in `tried` the replicas that refused them."""
+    """Ray's choice of a replica, by `Routing`. Requests carry `keys`, and in `tried` the replicas that had them: these
+    come last, and for `each` not at all while there are others."""
 
     def initialize_state(self, **_: Any) -> None:
         self._routing = Routing()
@@ -52,7 +57,10 @@ class PrefixRouter(RequestRouter):
         by_name = {r.replica_id.unique_id: r for r in candidate_replicas}
         load = {name: self.replica_queue_len_cache.get(r.replica_id) or 0 for name, r in by_name.items()}
         order = self._routing.ranked(Keys(*wanted.get("keys", (None, ()))), load)
-        order.sort(key=lambda name: name in wanted.get("tried", ()))
+        tried = wanted.get("tried", ())
+        order.sort(key=lambda name: name in tried)
+        if wanted.get("each"):
+            order = [name for name in order if name not in tried] or order
         return [[by_name[name]] for name in order]
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: Any, result: Any) -> None:
@@ -78,8 +86,15 @@ class Replica:
             raise why
         self._client.call("ping", timeout=20.0)
 
-    async def answer(self, request: dict[str, Any], body: bytes, **_: Any) -> AsyncIterator[bytes]:
-        """The application's answer: first status, headers and our name as JSON, then the body in pieces."""
+    async def answer(
+        self, request: dict[str, Any], body: bytes, tried: Sequence[str] = (), each: bool = False, **_: Any
+    ) -> AsyncIterator[bytes]:
+        """The application's answer: first status, headers and our name as JSON, then the body in pieces. What is for
+        `each` is done once."""
+        me = serve.get_replica_context().replica_id.unique_id
+        if each and me in tried:
+            yield json.dumps({"status": 204, "headers": [], "replica": me}).encode()
+            return
         messages: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
         gone, pending = asyncio.Event(), [{"type": "http.request", "body": body, "more_body": False}]
 
@@ -103,8 +118,7 @@ class Replica:
             while (message := await messages.get()) is not None:
                 if message["type"] == "http.response.start":
                     headers = [(n.decode("latin-1"), v.decode("latin-1")) for n, v in message["headers"]]
-                    name = serve.get_replica_context().replica_id.unique_id
-                    yield json.dumps({"status": message["status"], "headers": headers, "replica": name}).encode()
+                    yield json.dumps({"status": message["status"], "headers": headers, "replica": me}).encode()
                 elif message.get("body"):
                     yield message["body"]
         finally:
@@ -132,6 +146,8 @@ class Door:
             "method": request.method, "path": request.url.path, "query": request.url.query,
             "headers": request.headers.items(), "client": list(request.client or ("", 0)),
         }  # fmt: skip
+        if concerns_all(request.method, request.url.path):
+            return await self._ask_all(facts, body)
         if request.url.path == "/v1/models" and len(self._models) > 1:
             return await self._list(facts)
         try:
@@ -175,6 +191,40 @@ class Door:
         finally:
             stream.cancel()
 
+    async def _ask_all(self, facts: dict[str, Any], body: bytes) -> Response:
+        """What every replica of every model says, as one answer; the first refusal, unless one has what is deleted."""
+        answers = [a for handle in self._models.values() for a in await self._ask_each(handle, facts, body)]
+        good = {name: text for name, status, text in answers if status == 200}
+        bad = [(status, text) for _, status, text in answers if status != 200]
+        if not answers:
+            return error_response(EngineDeadError("No replica could answer: try again in a moment."), facts["path"])
+        if bad and not (good and facts["method"] == "DELETE"):
+            return Response(bad[0][1], bad[0][0], media_type="application/json")
+        if facts["path"] == "/metrics":
+            return Response(one_page(good), media_type=METRICS_TYPE)
+        if facts["method"] == "DELETE":
+            return Response(next(iter(good.values())), media_type="application/json")
+        return Response(json.dumps(added_up([json.loads(t) for t in good.values()])), media_type="application/json")
+
+    async def _ask_each(self, handle: Any, facts: dict[str, Any], body: bytes) -> list[tuple[str, int, str]]:
+        """(name, status, body) of each replica."""
+        answers: list[tuple[str, int, str]] = []
+        lost = 0
+        while lost < ATTEMPTS:
+            tried = [name for name, _, _ in answers]
+            stream = handle.options(stream=True).answer.remote(facts, body, keys=[None, []], tried=tried, each=True)
+            try:
+                head = json.loads(await anext(stream))
+                if head["replica"] in tried:
+                    break
+                text = b"".join([piece async for piece in stream]).decode()
+            except RayError as error:
+                log.warning("a replica was lost: %s", type(error).__name__)
+                lost += 1
+                continue
+            answers.append((head["replica"], head["status"], text))
+        return answers
+
     async def _list(self, facts: dict[str, Any]) -> Response:
         found = []
         for handle in self._models.values():
@@ -190,9 +240,11 @@ def application(
     models: dict[str, str], engine: EngineConfig, config: ServeConfig, chat_template: str | None, num_gpus: int
 ) -> serve.Application:
     """The Ray Serve application of name -> model. `num_gpus`: of one replica."""
+    most = max(config.replicas, config.max_replicas or 0)
+    if config.session_dir and (most > 1 or len(models) > 1):
+        raise ConfigError("Sessions can be saved by a single engine only: leave out session_dir, or serve one replica.")
     handles = {}
     for number, (name, model) in enumerate(models.items()):
-        most = max(config.replicas, config.max_replicas or 0)
         scale: dict[str, Any] = {"num_replicas": config.replicas}
         if most > config.replicas:
             busy = max(1, engine.max_batch_size * 3 // 4)
@@ -202,7 +254,7 @@ def application(
             Replica,
             name=f"replica-{number}",
             ray_actor_options={"num_cpus": 1, "num_gpus": num_gpus},
-            max_ongoing_requests=engine.max_batch_size + (engine.max_queued_requests or 4 * engine.max_batch_size),
+            max_ongoing_requests=MAX_ONGOING,
             request_router_config=RequestRouterConfig(request_router_class="pagoda.serve.replicas.PrefixRouter"),
             health_check_period_s=2.0,
             health_check_timeout_s=30.0,
@@ -212,7 +264,7 @@ def application(
         own = asdict(replace(config, model_name=name))
         handles[name] = deployment.bind(model, dict(vars(engine)), own, chat_template)
     door = serve.deployment(
-        Door, name="door", ray_actor_options={"num_cpus": 0}, max_ongoing_requests=100_000,
+        Door, name="door", ray_actor_options={"num_cpus": 0}, max_ongoing_requests=MAX_ONGOING,
         graceful_shutdown_timeout_s=config.drain_seconds,
     )  # fmt: skip
     return door.bind(handles, config.max_body_bytes)
