@@ -16,8 +16,8 @@ from typing import Any
 from pagoda.cli.bench_record import Record, device_name, draw, require_plot
 from pagoda.cli.bench_targets import EngineTarget, HttpTarget, Target, Timings, drive, must_succeed
 from pagoda.cli.bench_traffic import Job, parse_range, poisson, random_jobs, read_trace, trace_jobs
-from pagoda.cli.flags import Parser, add_config_flags, config_from
-from pagoda.config import EngineConfig, parse_bool
+from pagoda.cli.flags import BOOL, Parser, add_config_flags, config_from
+from pagoda.config import EngineConfig
 from pagoda.errors import UsageError
 
 KINDS = ("throughput", "latency", "serving")
@@ -55,8 +55,8 @@ def make_parser(prog: str) -> Parser:
     where.add_argument("--model-name", metavar="NAME", help="the model's name at --url (default: the first listed)")
     where.add_argument("--vocab-size", type=int, metavar="N", help="prompts have ids below this (default: the model's, "
                        "at most 10000)")  # fmt: skip
-    where.add_argument("--inline", metavar="BOOL", type=parse_bool, default=False, help="engine in this process")
-    where.add_argument("--profile", metavar="BOOL", type=parse_bool, default=False, help="instead: time by operation "
+    where.add_argument("--inline", **BOOL, default=False, help="engine in this process")
+    where.add_argument("--profile", **BOOL, default=False, help="instead: time by operation "
                        "of decode and prefill steps, as tables and Chrome traces")  # fmt: skip
     where.add_argument("--profile-steps", type=int, default=20, metavar="N", help="(default: 20)")
     where.add_argument("--out", metavar="FILE", help="append the JSON lines to a file, too; with --profile: the folder "

@@ -10,8 +10,7 @@ import sys
 from pathlib import Path
 
 from pagoda import __version__
-from pagoda.cli.flags import Parser
-from pagoda.config import parse_bool
+from pagoda.cli.flags import BOOL, Parser
 
 PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy", "llguidance", "pyzmq", "msgspec",
             "fastapi", "uvicorn", "gradio", "ray")  # fmt: skip
@@ -19,7 +18,7 @@ PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "num
 
 def make_parser(prog: str) -> Parser:
     parser = Parser(prog=prog, description="Print this machine and the versions of the packages that matter.")
-    parser.add_argument("--json", metavar="BOOL", type=parse_bool, default=False, help="print one JSON object")
+    parser.add_argument("--json", **BOOL, default=False, help="print one JSON object")
     parser.add_argument("--dump-file", metavar="FILE", help="write it to a file, too")
     return parser
 

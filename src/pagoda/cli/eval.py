@@ -5,9 +5,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pagoda.cli.flags import Parser, add_config_flags, config_from
+from pagoda.cli.flags import BOOL, Parser, add_config_flags, config_from
 from pagoda.cli.progress import progress_bar
-from pagoda.config import EngineConfig, parse_bool
+from pagoda.config import EngineConfig
 from pagoda.errors import UsageError
 
 QUESTIONS_CPU, QUESTIONS_GPU = 1000, 10000
@@ -25,15 +25,13 @@ def make_parser(prog: str) -> Parser:
     parser.add_argument("model", nargs="?", default="mini", metavar="MODEL", help="default: mini, the bundled model")
     parser.add_argument("--text", metavar="FILE", help="UTF-8 text to score")
     parser.add_argument("--max-chars", type=int, metavar="N", help="only the text's first N characters")
-    parser.add_argument(
-        "--lines", metavar="BOOL", type=parse_bool, default=False, help="each line of the text is a sequence of its own"
-    )
+    parser.add_argument("--lines", **BOOL, default=False, help="each line of the text is a sequence of its own")
     parser.add_argument("--task", choices=("mini",), help="questions to ask")
     parser.add_argument(
         "--questions", type=int, metavar="N", help=f"how many (default: {QUESTIONS_CPU} on a CPU, {QUESTIONS_GPU} else)"
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="which questions (default: 0)")
-    parser.add_argument("--json", metavar="BOOL", type=parse_bool, default=False, help="print one JSON object")
+    parser.add_argument("--json", **BOOL, default=False, help="print one JSON object")
     add_config_flags(parser, EngineConfig, "engine")
     return parser
 

@@ -11,6 +11,8 @@ from pagoda.config import Checked, parse_bool
 from pagoda.errors import UsageError
 
 BOOLEANS = ("true", "false", "1", "0", "yes", "no", "on", "off")
+BOOL: dict[str, Any] = {"metavar": "BOOL", "type": parse_bool}
+"""Arguments of a flag that is True or False; the bare flag is True (`Parser.spelled`)."""
 ALIASES = {"max_batch_size": ("instance_num",), "random_seed": ("seed",), "max_new_tokens": ("request_output_len",)}
 """Older names of fields, as flags."""
 

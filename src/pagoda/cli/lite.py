@@ -4,9 +4,8 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from pagoda.cli.flags import Parser
+from pagoda.cli.flags import BOOL, Parser
 from pagoda.cli.quantize import add_calibration_flags, step_printer
-from pagoda.config import parse_bool
 from pagoda.errors import UsageError
 
 WORDS = ("calibrate", "kv_qparams", "auto_awq", "smooth_quant")
@@ -29,10 +28,10 @@ def make_parser(prog: str) -> Parser:
     parser.add_argument("--model", metavar="MODEL", help="16-bit checkpoint")
     parser.add_argument("--turbomind-dir", metavar="DIR", help="kv_qparams: the workspace")
     parser.add_argument("--kv-bits", type=int, metavar="N", help="kv_qparams: 8")
-    parser.add_argument("--kv-sym", type=parse_bool, metavar="BOOL", help="kv_qparams: ranges around 0")
+    parser.add_argument("--kv-sym", **BOOL, help="kv_qparams: ranges around 0")
     parser.add_argument("--num-tp", type=int, metavar="N", help="kv_qparams: as the workspace says; not needed")
     parser.add_argument("--w-bits", type=int, metavar="N", help="auto_awq: 4")
-    parser.add_argument("--w-sym", type=parse_bool, metavar="BOOL", help="auto_awq: False")
+    parser.add_argument("--w-sym", **BOOL, help="auto_awq: False")
     parser.add_argument("--w-group-size", type=int, metavar="N", help="auto_awq: 32, 64 or 128 (default)")
     add_calibration_flags(parser, 2048)
     return parser

@@ -4,8 +4,8 @@ import argparse
 import dataclasses
 import json
 
-from pagoda.cli.flags import Parser, add_config_flags, config_from
-from pagoda.config import EngineConfig, parse_bool
+from pagoda.cli.flags import BOOL, Parser, add_config_flags, config_from
+from pagoda.config import EngineConfig
 from pagoda.errors import DeviceError, UsageError
 
 KNOBS = ("tp", "weight_format", "quant_policy", "dtype", "cache_max_entry_count", "cache_block_seq_len",
@@ -23,7 +23,7 @@ def make_parser(prog: str) -> Parser:
         "--context", type=int, metavar="N", help="tokens of each session (default: the model's, <= 8192)"
     )
     parser.add_argument("--prompt", type=int, metavar="N", help="prompt of the first-token time (default: up to 1024)")
-    parser.add_argument("--json", metavar="BOOL", type=parse_bool, default=False, help="print one JSON object")
+    parser.add_argument("--json", **BOOL, default=False, help="print one JSON object")
     add_config_flags(parser, EngineConfig, "engine", KNOBS)
     return parser
 

@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from pagoda.cli.flags import Parser
-from pagoda.config import EngineConfig, parse_bool
+from pagoda.cli.flags import BOOL, Parser
+from pagoda.config import EngineConfig
 from pagoda.errors import UsageError
 
 METHODS = ("awq", "gptq", "awq-gptq", "smooth", "fp8", "rtn")  # tests hold this to quantize.recipe
@@ -43,15 +43,11 @@ def make_parser(prog: str) -> Parser:
     parser.add_argument(
         "--group-size", type=int, default=128, metavar="N", help="inputs that share a scale: 32, 64, 128"
     )
-    parser.add_argument("--act-order", metavar="BOOL", type=parse_bool, help="GPTQ: large inputs first")
-    parser.add_argument(
-        "--static", metavar="BOOL", type=parse_bool, default=False, help="fp8: calibrated scales of the activations"
-    )
+    parser.add_argument("--act-order", **BOOL, help="GPTQ: large inputs first")
+    parser.add_argument("--static", **BOOL, default=False, help="fp8: calibrated scales of the activations")
     add_calibration_flags(parser, 512)
     report = parser.add_argument_group("report")
-    report.add_argument(
-        "--report", metavar="BOOL", type=parse_bool, default=True, help="measure before and after (default: True)"
-    )
+    report.add_argument("--report", **BOOL, default=True, help="measure before and after (default: True)")
     report.add_argument("--eval-text", metavar="FILE", help="text whose perplexity is measured; default: our own")
     report.add_argument("--questions", type=int, metavar="N", help="of mini's tasks (default: 300 for mini, else none)")
     return parser

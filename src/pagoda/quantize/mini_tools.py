@@ -10,20 +10,6 @@ from pagoda.toml_data import read_table
 
 Tool = dict[str, Any]
 
-_HEAD = """# Tools
-
-You may call one or more functions to assist with the user query.
-
-You are provided with function signatures within <tools></tools> XML tags:
-<tools>"""
-_FOOT = """
-</tools>
-
-For each function call, return a json object with function name and arguments within <tool_call></tool_call> XML tags:
-<tool_call>
-{"name": <function-name>, "arguments": <args-json-object>}
-</tool_call>"""
-
 _DATA = read_table("quantize", "mini_tools")
 _KINDS = _DATA["kinds"]
 
@@ -45,7 +31,7 @@ def make_tools(rng: Random) -> dict[str, Tool]:
 def tools_prompt(tools: list[Tool], system: str = "") -> str:
     """The content of the system message that offers `tools`, to the letter as the chat template renders it."""
     lines = "".join("\n" + json.dumps(tool, ensure_ascii=False) for tool in tools)
-    return (system + "\n\n" if system else "") + _HEAD + lines + _FOOT
+    return (system + "\n\n" if system else "") + _DATA["head"] + lines + _DATA["foot"]
 
 
 def call_text(name: str, arguments: dict[str, Any]) -> str:

@@ -74,14 +74,13 @@ def describe(app: FastAPI) -> dict[str, Any]:
 @router.get("/")
 @router.get("/docs")
 async def docs() -> Response:
-    page = get_swagger_ui_html(
+    return get_swagger_ui_html(
         openapi_url="openapi.json",
         title="Pagoda",
         swagger_js_url="docs-assets/swagger-ui.js",
         swagger_css_url="docs-assets/swagger-ui.css",
         swagger_favicon_url="data:,",
     )
-    return page
 
 
 @router.get("/docs-assets/swagger-ui.{kind}")

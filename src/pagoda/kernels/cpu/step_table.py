@@ -32,17 +32,9 @@ class ModelStruct(ctypes.Structure):
     _fields_ = [
         (name, _I32)
         for name in (
-            "layers",
-            "hidden",
-            "ffn",
-            "vocab",
-            "rotary_pairs",
-            "num_blocks",
-            "gelu",
-            "embed_kind",
-            "embed_blocks",
+            "layers", "hidden", "ffn", "vocab", "rotary_pairs", "num_blocks", "gelu", "embed_kind", "embed_blocks"
         )
-    ]
+    ]  # fmt: skip
     _fields_ += [(name, _F32) for name in ("eps", "embed_scale", "final_softcap")]
     _fields_ += [("shape", ShapeStruct), ("embed", _PTR), ("norm", _PTR), ("layer", _PTR), ("head", WeightStruct)]
 
