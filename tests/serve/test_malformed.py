@@ -4,7 +4,11 @@ import json
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 from serving import Running
+
+from pagoda.serve.bodies import Body
+from pagoda.serve.documents import families
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 HELLO = [{"role": "user", "content": "hi"}]
@@ -185,3 +189,19 @@ def test_routes_that_are_not_there(server: Running) -> None:
 
 def test_the_server_serves_on(server: Running) -> None:
     assert server.http.post(TEXT, json={"prompt": "a", "max_tokens": 1}).status_code == 200
+
+
+@pytest.mark.parametrize("kind", families(Body), ids=lambda kind: kind.__name__)
+def test_many_wrong_values_are_one_error_each(kind: type[Body]) -> None:
+    """Collected one by one, those of a body of 8 MB held the event loop for a minute and took 7 GB."""
+    many: list[Any] = [[wrong] * 3000 for wrong in (1.5, "a", 1, {}, [], [1.5], None)]
+    many += [[*good * 3000, 1.5] for good in (["a"], [1], [[1]], [{}])]
+    many += [[[1] * 3000 + ["a"]] * 3000, {str(i): "x" for i in range(3000)}]
+    for field in kind.model_fields:
+        for value in many:
+            wrong = 0
+            try:
+                kind.model_validate({field: value})
+            except ValidationError as error:
+                wrong = error.error_count()
+            assert wrong <= 12, (field, str(value)[:50])

@@ -11,7 +11,7 @@ from pagoda.engine.metrics import SECONDS, Counters, EngineStats
 from pagoda.errors import ConfigError
 from pagoda.serve.all_replicas import added_up, concerns_all, one_page
 from pagoda.serve.exposition import exposition
-from pagoda.serve.routing import MAX_REMEMBERED, PREFIX_CHARACTERS, Keys, Routing, keys_of
+from pagoda.serve.routing import MAX_REMEMBERED, PREFIX_CHARACTERS, Keys, Routing, fields_of, keys_of
 
 CHAT = "/v1/chat/completions"
 
@@ -69,6 +69,13 @@ def test_memory_is_bounded() -> None:
         routing.learn(Keys(str(n)), "a")
     assert len(routing._holder) == MAX_REMEMBERED
     assert routing.ranked(Keys("0"), {"a": 1, "b": 0})[0] == "b", "the oldest went"
+
+
+def test_bodies_that_are_no_requests_have_no_keys() -> None:
+    for body in (b"", b"[", b"[1]", b"\xff", b"9" * 6000, b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"):
+        assert fields_of(body) == {}
+    deep = b'{"model": "m", "session_id": 5, "messages": ' + b"[" * 900 + b"]" * 900 + b"}"
+    assert fields_of(deep)["model"] == "m" and keys_of(CHAT, fields_of(deep)) == Keys("5", ())
 
 
 def test_answers_of_all_replicas_become_one() -> None:

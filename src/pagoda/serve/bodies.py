@@ -2,13 +2,15 @@
 
 import asyncio
 import re
-from typing import Any, TypeVar
+from itertools import islice
+from typing import Annotated, Any, TypeVar
 
 import orjson
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, ValidationError
 from starlette.requests import ClientDisconnect, Request
 
 from pagoda.config import GenerationConfig
+from pagoda.engine.request import MAX_LOGIT_BIAS
 from pagoda.errors import MediaTypeError, RequestError, SlowRequestError
 from pagoda.serve.error_map import ClientGoneError
 
@@ -63,7 +65,21 @@ HARMLESS = {
     "prompt_cache_retention", "prediction", "verbosity", "moderation", "request_id", "session_id",
     "spaces_between_special_tokens", "stream_interval", "repetition_ngram_threshold"
 }  # fmt: skip
-B = TypeVar("B", bound="Body")
+B, T = TypeVar("B", bound="Body"), TypeVar("T")
+
+
+class First(FailFast):
+    __hash__ = object.__hash__  # a union's members must have one
+
+
+Many = Annotated[list[T], First()]
+"""A list whose first wrong item is told. All of them would be millions, and take a minute."""
+
+
+def _few(value: Any) -> Any:
+    if isinstance(value, dict) and len(value) > MAX_LOGIT_BIAS:
+        raise ValueError(f"at most {MAX_LOGIT_BIAS} entries are possible")
+    return value
 
 
 class Body(BaseModel):
@@ -89,12 +105,12 @@ class SamplingBody(Body):
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     seed: int | None = Field(None, ge=-(2**63), lt=2**64)
-    stop: str | list[str | int] | bool | None = None
-    stop_token_ids: list[int] | None = None
+    stop: str | Many[str | int] | bool | None = None
+    stop_token_ids: Many[int] | None = None
     min_tokens: int | None = Field(None, ge=0)
     min_new_tokens: int | None = Field(None, ge=0)
-    bad_words: list[str] | None = None
-    logit_bias: dict[str, float] | None = None
+    bad_words: Many[str] | None = None
+    logit_bias: Annotated[dict[str, float], BeforeValidator(_few)] | None = None
     ignore_eos: bool | None = None
     do_sample: bool | None = None
     skip_special_tokens: bool | None = None
@@ -137,7 +153,7 @@ class OpenAIBody(SamplingBody):
     structured_outputs: dict[str, Any] | None = None
     guided_json: dict[str, Any] | str | bool | None = None
     guided_regex: str | None = None
-    guided_choice: list[str] | None = None
+    guided_choice: Many[str] | None = None
     guided_grammar: str | None = None
 
     def format(self) -> dict[str, Any] | None:
@@ -163,12 +179,12 @@ class OpenAIBody(SamplingBody):
 
 
 class ChatBody(OpenAIBody):
-    messages: str | list[dict[str, Any]] = Field(max_length=8 << 20)
+    messages: str | Many[dict[str, Any]] = Field(max_length=8 << 20)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    tools: list[dict[str, Any]] | None = Field(None, max_length=256)
+    tools: Many[dict[str, Any]] | None = Field(None, max_length=256)
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -177,7 +193,7 @@ class ChatBody(OpenAIBody):
 
 
 class CompletionBody(OpenAIBody):
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | Many[str] | Many[int] | Many[Many[int]]
     max_tokens: int | None = Field(None, ge=0)
     max_completion_tokens: int | None = Field(None, ge=1)
     add_special_tokens: bool | None = None
@@ -225,11 +241,12 @@ def check(request: Request, given: Any, kind: type[B]) -> B:
     """A parsed body as `kind`."""
     if not isinstance(given, dict):
         raise RequestError("The body must be a JSON object.")
-    for field in sorted(set(given) & set(REFUSED) - set(kind.model_fields)):
+    for field in (f for f in REFUSED if f in given and f not in kind.model_fields):
         if not any(given[field] == value and type(given[field]) is type(value) for value in REFUSED[field]):
             raise RequestError(f"{field} is not supported here: leave it out.", field)
-    unknown = sorted(set(given) - set(kind.model_fields) - set(REFUSED) - HARMLESS)
-    request.state.ignored = [f for f in unknown if re.fullmatch(r"[\w.-]{1,64}", f, re.ASCII)][:16]
+    unknown = (f for f in given if f not in kind.model_fields and f not in REFUSED and f not in HARMLESS)
+    plain = (f for f in islice(unknown, 1000) if re.fullmatch(r"[\w.-]{1,64}", f, re.ASCII))
+    request.state.ignored = sorted(islice(plain, 16))
     try:
         return kind.model_validate(given)
     except ValidationError as error:
@@ -241,7 +258,7 @@ def check(request: Request, given: Any, kind: type[B]) -> B:
 class InteractiveBody(SamplingBody):
     """The stateful route of old; `stop: true` and `cancel` interrupt the session's running turn."""
 
-    prompt: str | list[dict[str, Any]] = ""
+    prompt: str | Many[dict[str, Any]] = ""
     session_id: int = Field(-1, ge=-1, lt=2**63)
     interactive_mode: bool = False
     cancel: bool = False
@@ -252,7 +269,7 @@ class GenerateBody(SamplingBody):
     """The newer body of `/generate`: a raw prompt, or its ids."""
 
     prompt: str | None = None
-    input_ids: list[int] | None = None
+    input_ids: Many[int] | None = None
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     add_special_tokens: bool | None = None
@@ -260,7 +277,7 @@ class GenerateBody(SamplingBody):
 
 
 class EncodeBody(Body):
-    input: str | list[str]
+    input: str | Many[str]
     do_preprocess: bool = False
     add_bos: bool = True
 
@@ -268,8 +285,8 @@ class EncodeBody(Body):
 class TokenizeBody(Body):
     model: str | None = None
     prompt: str | None = None
-    messages: list[dict[str, Any]] | None = None
-    tools: list[dict[str, Any]] | None = None
+    messages: Many[dict[str, Any]] | None = None
+    tools: Many[dict[str, Any]] | None = None
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
     return_token_strs: bool | None = None
@@ -277,7 +294,7 @@ class TokenizeBody(Body):
 
 class DetokenizeBody(Body):
     model: str | None = None
-    tokens: list[int]
+    tokens: Many[int]
 
 
 class AbortBody(Body):

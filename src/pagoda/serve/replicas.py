@@ -32,7 +32,7 @@ from pagoda.serve.backend import Backend
 from pagoda.serve.error_map import error_body, error_response
 from pagoda.serve.exposition import METRICS_TYPE
 from pagoda.serve.logs import setup_json_logging
-from pagoda.serve.routing import Keys, Routing, keys_of
+from pagoda.serve.routing import Keys, Routing, fields_of, keys_of
 from pagoda.serve.supervisor import Stopped
 
 ATTEMPTS = 3
@@ -150,11 +150,7 @@ class Door:
             return await self._ask_all(facts, body)
         if request.url.path == "/v1/models" and len(self._models) > 1:
             return await self._list(facts)
-        try:
-            parsed = json.loads(body) if body else {}
-        except ValueError:
-            parsed = {}
-        fields = parsed if isinstance(parsed, dict) else {}
+        fields = fields_of(body)
         name = fields.get("model")
         handle = self._models.get(name) if isinstance(name, str) else None
         handle = handle or next(iter(self._models.values()))  # which says what it has

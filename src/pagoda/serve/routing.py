@@ -1,10 +1,11 @@
 """Which replica should answer: the one that holds the session, else the longest prefix, unless it is overloaded."""
 
 import hashlib
-import json
 from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any, NamedTuple
+
+import orjson
 
 PREFIX_CHARACTERS = 256  # one key of a prefix; about a block of the cache
 MAX_PREFIXES = 64  # keys of one request
@@ -19,6 +20,15 @@ class Keys(NamedTuple):
     prefixes: tuple[str, ...] = ()
 
 
+def fields_of(body: bytes) -> dict[str, Any]:
+    """The fields of a JSON object; none of anything else, which the replica refuses."""
+    try:
+        given = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return {}
+    return given if isinstance(given, dict) else {}
+
+
 def keys_of(path: str, body: Mapping[str, Any]) -> Keys:
     """Of a request to one of the generating routes, or to that of one session."""
     session = body.get("session_id")
@@ -26,10 +36,14 @@ def keys_of(path: str, body: Mapping[str, Any]) -> Keys:
         session = path.removeprefix("/v1/sessions/")
     known = isinstance(session, (int, str)) and session != -1
     said = body.get("messages") or body.get("prompt") or ""
-    text = said if isinstance(said, str) else json.dumps([body.get("tools"), said], ensure_ascii=False, sort_keys=True)
+    try:
+        text = said if isinstance(said, str) else orjson.dumps([body.get("tools"), said], option=orjson.OPT_SORT_KEYS)
+    except TypeError:  # nested too deeply
+        text = ""
     chain, prefixes = hashlib.sha256(), []
     for start in range(0, min(len(text), PREFIX_CHARACTERS * MAX_PREFIXES), PREFIX_CHARACTERS):
-        chain.update(text[start : start + PREFIX_CHARACTERS].encode("utf-8", "replace"))
+        part = text[start : start + PREFIX_CHARACTERS]
+        chain.update(part.encode("utf-8", "replace") if isinstance(part, str) else part)
         prefixes.append(chain.hexdigest()[:24])
     return Keys(str(session) if known else None, tuple(prefixes))
 
