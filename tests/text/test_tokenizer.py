@@ -6,6 +6,7 @@ import random
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pagoda.errors import TokenizerError
+from pagoda.text.json_tokenizer import LONG_TEXT
 from pagoda.text.tokenizer import is_tiktoken_file, load_tokenizer
 
 REFERENCE = [
@@ -55,6 +57,35 @@ def test_reference_ids_of_the_sentencepiece_file(shared_data, tmp_path):
     for text, ids in reference_cases(shared_data, "llama-spm"):
         assert tokenizer.encode(text) == ids, repr(text)
         assert tokenizer.decode(ids) == text
+
+
+@pytest.mark.parametrize("folder", ["qwen3", "llama-2-7b-chat", "gpt2", "llama-3.2-3b-instruct"])
+def test_long_texts_have_the_same_ids(shared_data, tokenizer_at, folder):
+    tokenizer = tokenizer_at(folder)
+    for mark in ("", "<|im_end|>", "</s>"):
+        text = "".join(text + mark for text, _ in reference_cases(shared_data, "qwen2")) * 8
+        assert len(text) > LONG_TEXT
+        assert tokenizer.encode(text) == tokenizer._backend.encode(text, add_special_tokens=False).ids
+        plain = tokenizer.encode(text, parse_special=False)
+        assert plain == tokenizer._plain_backend.encode(text, add_special_tokens=False).ids
+
+
+def test_other_threads_run_while_a_long_text_is_tokenized(tokenizer_at):
+    """A million characters take half a second: another thread turns hundreds of times, not once."""
+    tokenizer, turns, over = tokenizer_at("qwen3"), [0], threading.Event()
+
+    def turn():
+        while not over.wait(0.001):
+            turns[0] += 1
+
+    thread = threading.Thread(target=turn)
+    thread.start()
+    before = turns[0]
+    tokenizer.encode("Once upon a time there was a king. " * 30_000)
+    during = turns[0] - before
+    over.set()
+    thread.join()
+    assert during > 20
 
 
 def gguf_folder(shared_data: Path, vocab: str, words: list, folder: Path) -> Path:

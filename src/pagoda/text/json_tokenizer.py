@@ -17,6 +17,10 @@ QWEN2_WORDS = (
 )
 """How Qwen2 and Qwen3 cut a text into words before merging (their tokenizer's published pattern)."""
 
+LONG_TEXT = 4096
+"""Characters. Longer texts go the library's way for batches, which lets go of Python's lock: else every stream of the
+process would stand still meanwhile. It starts threads, of which it warns whoever forks later: short texts need none."""
+
 
 def byte_letters() -> dict[str, int]:
     """How byte-level vocabularies write each byte: printable Latin-1 as itself, the rest as letters from U+0100."""
@@ -124,6 +128,8 @@ class JsonTokenizer(Tokenizer):
 
     def _encode(self, text: str, parse_special: bool) -> list[int]:
         backend = self._backend if parse_special else self._plain_backend
+        if len(text) > LONG_TEXT:
+            return backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
         return backend.encode(text, add_special_tokens=False).ids
 
     def _bytes_of(self, token_id: int) -> bytes:
