@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pagoda.cli.bench_record import Record, commit, draw
-from pagoda.cli.bench_targets import HttpTarget, Timing, Timings, drive, must_succeed, percentile
+from pagoda.cli.bench_targets import HttpTarget, Timing, Timings, _Chunks, drive, must_succeed, percentile
 from pagoda.cli.bench_traffic import Arrival, Job, parse_range, poisson, random_jobs, read_trace, trace_jobs
 from pagoda.cli.main import main
 from pagoda.errors import EngineError, UsageError
@@ -174,6 +174,16 @@ def test_a_server_is_driven_over_http(server):
     assert all(b["model"] == "the one" and b["ignore_eos"] and b["temperature"] == 0 for b in server.bodies)
     failed = drive(target, [Job(0.0, [5], 99)])
     assert "400 Bad Request" in failed.jobs[0].error and "too many" in failed.jobs[0].error
+
+
+def test_chunks_are_put_together_wherever_they_are_cut():
+    body, framed = b"data: one\r\n\r\ndata: two", b"b\r\ndata: one\r\n\r\n2;x=y\r\n\r\n\r\n9\r\ndata: two\r\n0\r\n\r\n"
+    assert framed.count(b"data") == 2
+    for first in range(len(framed) + 1):
+        for second in range(first, len(framed) + 1):
+            chunks = _Chunks()
+            parts = [framed[:first], framed[first:second], framed[second:]]
+            assert b"".join(map(chunks.take, parts)) == body and chunks.ended
 
 
 def test_a_server_that_is_not_there():

@@ -67,6 +67,26 @@ class _Chunk(msgspec.Struct):
     error: Any = None
 
 
+class _Chunks:
+    """Takes the framing of a chunked body away (RFC 9112, section 7.1)."""
+
+    def __init__(self) -> None:
+        self._rest, self.ended = b"", False
+
+    def take(self, data: bytes) -> bytes:
+        """What the chunks that are whole now hold."""
+        data, at, whole = self._rest + data, 0, []
+        while (end := data.find(b"\r\n", at)) >= 0 and not self.ended:
+            first = end + 2
+            last = first + int(data[at:end].split(b";")[0], 16)
+            if len(data) < last + 2:
+                break
+            whole.append(data[first:last])
+            at, self.ended = last + 2, first == last
+        self._rest = data[at:]
+        return b"".join(whole)
+
+
 class HttpTarget:
     """`POST /v1/completions` with token ids, streamed. A chunk counts as one token unless the server says how many
     there are so far. The key, where one is needed, comes from PAGODA_API_KEY."""
@@ -96,13 +116,13 @@ class HttpTarget:
             if b" 200 " not in status:
                 text = (await reader.read(2000)).decode("utf-8", "replace").strip()
                 raise EngineError(f"The server answered {status.decode().strip()}: {text[:300]}")
-            chunked = b"transfer-encoding: chunked" in headers.lower()
-            while True:
-                size = int(await reader.readline() or b"0", 16) if chunked else 1 << 16
-                piece = await reader.readexactly(size + 2) if chunked and size else await reader.read(size)
-                if not piece:
+            chunks = _Chunks() if b"transfer-encoding: chunked" in headers.lower() else None
+            while data := await reader.read(1 << 16):
+                yield data if chunks is None else chunks.take(data)
+                if chunks is not None and chunks.ended:
                     return
-                yield piece[:-2] if chunked else piece
+            if chunks is not None:
+                raise EngineError(f"The server at {self.host}:{self.port} broke its answer off.")
         except (OSError, asyncio.IncompleteReadError) as error:
             raise EngineError(f"The server at {self.host}:{self.port} is gone ({error}).") from error
         finally:

@@ -12,7 +12,7 @@ from pathlib import Path
 from pagoda import __version__
 from pagoda.cli.flags import BOOL, Parser
 
-PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy", "llguidance", "pyzmq", "msgspec",
+PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy", "llguidance", "msgspec",
             "fastapi", "uvicorn", "gradio", "ray")  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """The engine itself: one loop that takes messages, plans steps, launches them and reports tokens.
 
 It runs as a thread (`InlineTransport`) or as a process of its own: `python -m pagoda.engine.process` reads its job as
-JSON from standard input and serves clients on a ZeroMQ socket until it is terminated or its parent is gone.
+JSON from standard input and serves clients on a Unix socket until it is terminated or its parent is gone.
 """
 
 import gc
@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import sys
 import threading
 import time
@@ -19,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import zmq
 
 from pagoda.config import EngineConfig
 from pagoda.engine import wire
@@ -35,6 +35,7 @@ from pagoda.engine.scheduler import Scheduler
 from pagoda.engine.scheduler_config import SchedulerConfig
 from pagoda.engine.session_files import read_sessions, write_sessions
 from pagoda.engine.sessions import Sessions
+from pagoda.engine.sockets import SocketServer
 from pagoda.engine.workers import Workers
 from pagoda.errors import EngineError, PagodaError
 from pagoda.layers.parallel import Group
@@ -48,7 +49,6 @@ Send = Callable[[bytes, wire.FromEngine], None]
 IDLE_SECONDS = 1.0
 ERRAND_SECONDS = 0.01  # between looks at an errand, where there is nothing else to do
 GRAMMAR_SECONDS = 0.001  # ... at a grammar that a request waits for
-LOOK_SECONDS = 1.0  # between looks at whether the clients are still there
 
 log = get_logger(__name__)
 
@@ -293,64 +293,6 @@ def start_workers(
     return runner
 
 
-class SocketServer:
-    """The engine's end of the ZeroMQ connection: one ROUTER socket, any number of clients. One that is gone without a
-    word, because it was killed, is found at the next message to it, or within a second: `poll` then says its `Leave`.
-    """
-
-    def __init__(self, address: str, parent: int):
-        self._context = zmq.Context()
-        self._socket = self._context.socket(zmq.ROUTER)
-        self._socket.linger = 1000
-        self._socket.set_hwm(0)  # a client that is slow to read misses nothing
-        self._socket.router_mandatory = 1  # what cannot be delivered is told
-        self._socket.bind(address)
-        self._clients: set[bytes] = set()
-        self._gone: list[tuple[bytes, wire.ToEngine]] = []
-        self._looked = time.monotonic()
-        self.parent = parent  # told, not looked up: it may have died while this process was starting
-
-    def poll(self, timeout: float | None) -> list[tuple[bytes, wire.ToEngine]]:
-        """All messages that are there; an orphaned engine ends itself."""
-        messages: list[tuple[bytes, wire.ToEngine]] = []
-        if timeout != 0 and os.getppid() != self.parent:
-            raise EngineError("the parent process is gone")
-        wait = -1 if timeout is None else int(timeout * 1000)
-        while self._socket.poll(0 if messages else wait):
-            sender, data = self._socket.recv_multipart()
-            self._clients.add(sender)
-            messages.append((sender, wire.decode_to_engine(data)))
-        if time.monotonic() - self._looked >= LOOK_SECONDS:
-            self._looked = time.monotonic()
-            self.send(b"", wire.Outputs([]))  # no news, but for us
-        gone, self._gone = self._gone, []
-        for sender, message in messages + gone:
-            if isinstance(message, wire.Leave):
-                self._clients.discard(sender)
-        return messages + gone
-
-    @property
-    def num_clients(self) -> int:
-        return len(self._clients)
-
-    def send(self, sender: bytes, message: wire.FromEngine) -> None:
-        """To one client, or to all when `sender` is empty."""
-        data = wire.encode(message)
-        for client in [sender] if sender else list(self._clients):
-            try:
-                self._socket.send_multipart([client, data])
-            except zmq.ZMQError as error:
-                if error.errno != zmq.EHOSTUNREACH:
-                    raise
-                if client in self._clients:
-                    self._clients.discard(client)
-                    self._gone.append((client, wire.Leave()))
-
-    def close(self) -> None:
-        self._socket.close()
-        self._context.term()
-
-
 def main() -> None:
     """Entry of the engine's process."""
     setup_logging()
@@ -361,7 +303,7 @@ def main() -> None:
         Path(job["last_words"]).write_text(words, encoding="utf-8")
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is for the client
-    server = SocketServer(job["address"], job["parent"])
+    server = SocketServer(socket.socket(fileno=job["listener"]), job["parent"])
     try:
         config, early = EngineConfig.from_mapping(job["config"]), job["for_grammars"]
         place = Path(job["last_words"]).parent

@@ -8,7 +8,6 @@ thread that computes may be waiting for the very rank that is gone.
 import contextlib
 import select
 import socket
-import struct
 import threading
 import time
 from typing import Any
@@ -18,12 +17,11 @@ import numpy as np
 from msgspec import Struct
 
 from pagoda.engine.schedule import Schedule
+from pagoda.engine.sockets import READ_BYTES, Frames, framed
 
 BEAT_SECONDS = 0.5
 PATIENCE_STARTING = 60.0  # imports and compilers may keep every thread of a process waiting
 PATIENCE_RUNNING = 6.0
-
-_LENGTH = struct.Struct("<I")
 
 
 class Job(Struct, tag=True):
@@ -78,33 +76,27 @@ class Link:
 
     def __init__(self, end: socket.socket):
         self.socket = end
-        self._lock = threading.Lock()
-        self._buffer = bytearray()
+        self._lock, self._frames = threading.Lock(), Frames()
 
     def send(self, message: Message) -> None:
         """Raises `OSError` when the other end is gone."""
-        data = _encode(message)
+        frame = framed(_encode(message))
         with self._lock:
-            self.socket.sendall(_LENGTH.pack(len(data)) + data)
+            self.socket.sendall(frame)
 
     def receive(self, timeout: float | None = None) -> Message | None:
         """The next message; None when there was none for `timeout` seconds. Raises `EOFError` at the end."""
-        while True:
-            if len(self._buffer) >= 4:
-                end = 4 + _LENGTH.unpack_from(self._buffer)[0]
-                if len(self._buffer) >= end:
-                    message = _decode(bytes(self._buffer[4:end]))
-                    del self._buffer[:end]
-                    return message
+        while (data := self._frames.take()) is None:
             if timeout is not None and not select.select([self.socket], [], [], timeout)[0]:
                 return None
             try:
-                data = self.socket.recv(1 << 20)
+                more = self.socket.recv(READ_BYTES)
             except OSError:
-                data = b""
-            if not data:
+                more = b""
+            if not more:
                 raise EOFError("the other end is gone")
-            self._buffer += data
+            self._frames.feed(more)
+        return _decode(data)
 
     def close(self) -> None:
         """The other end reads an end, also where forked processes still hold ours."""

@@ -4,7 +4,9 @@ import contextlib
 import json
 import os
 import queue
+import select
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -14,10 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-import zmq
-
 from pagoda.config import EngineConfig
 from pagoda.engine import wire
+from pagoda.engine.sockets import READ_BYTES, Backlog, Frames, framed
 from pagoda.errors import PagodaError, named_error
 
 LAST_WORDS = "last_words"  # the file in which a dying engine leaves its error
@@ -83,56 +84,77 @@ class InlineTransport:
 
 
 class SocketTransport:
-    """A ZeroMQ connection to an engine process. With `process`, the engine is ours and ends with us."""
+    """A connection to an engine process at a Unix socket's path. With `process`, the engine is ours and ends with us.
+    `send` is for any thread and never blocks, `receive` for one. Raises `OSError` where nobody listens."""
 
     def __init__(self, address: str, process: subprocess.Popen[bytes] | None = None, folder: Path | None = None):
         self.address, self.process, self._folder = address, process, folder
-        self._context = zmq.Context()
-        self._socket = self._context.socket(zmq.DEALER)
-        self._socket.set_hwm(0)  # no message is dropped, and `send` never blocks
-        self._socket.connect(address)
-        # A socket belongs to one thread: senders hand over through a local pipe that the receiving thread also polls.
-        self._pending: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-        self._wake_read, self._wake_write = os.pipe()
-        os.set_blocking(self._wake_read, False)
-        os.set_blocking(self._wake_write, False)
-        self._poller = zmq.Poller()
-        self._poller.register(self._socket, zmq.POLLIN)
-        self._poller.register(self._wake_read, zmq.POLLIN)
-        self._closed = False
-        self._receiving, self._waking = threading.Lock(), threading.Lock()
+        self._socket = socket.socket(socket.AF_UNIX)
+        try:
+            self._socket.connect(address)
+            self._wake_read, self._wake_write = os.pipe()
+        except OSError:
+            self._socket.close()
+            raise
+        for end in (self._socket.fileno(), self._wake_read, self._wake_write):
+            os.set_blocking(end, False)
+        self._frames, self._backlog = Frames(), Backlog(self._socket)
+        self._poll = select.poll()
+        self._poll.register(self._wake_read, select.POLLIN)
+        self._closed = self._ended = False
+        self._receiving, self._sending = threading.Lock(), threading.Lock()
         self.send(wire.Call(0, "hello"))
 
     def send(self, message: wire.ToEngine) -> None:
-        self._pending.put(wire.encode(message))
-        self._wake()
+        frame = framed(wire.encode(message))
+        with self._sending:
+            if self._closed:
+                return
+            with contextlib.suppress(OSError):  # the engine is gone, as `receive` finds after its last messages
+                self._backlog.send(frame)
+            if self._backlog:
+                self._wake()
 
     def _wake(self) -> None:
-        with self._waking, contextlib.suppress(BlockingIOError):  # the pipe is full: a wake-up is under way already
-            if not self._closed:
-                os.write(self._wake_write, b"x")
+        """The receiving thread looks again at what there is to do."""
+        with contextlib.suppress(BlockingIOError):  # the pipe is full: a wake-up is under way already
+            os.write(self._wake_write, b"x")
 
     def receive(self, timeout: float) -> wire.FromEngine | None:
-        deadline = time.monotonic() + timeout
+        until = time.monotonic() + timeout
         with self._receiving:
             while not self._closed:
-                left = max(0.0, deadline - time.monotonic())
-                ready = dict(self._poller.poll(left * 1000))
+                data = self._frames.take()
+                if data is not None:
+                    return wire.decode_from_engine(data)
+                if self._ended:
+                    return None
+                left = max(0.0, until - time.monotonic())
+                self._poll.register(self._socket, select.POLLIN | (select.POLLOUT if self._backlog else 0))
+                ready = dict(self._poll.poll(left * 1000))
                 if self._wake_read in ready:
                     os.read(self._wake_read, 1 << 16)
-                    self._flush()
-                if self._socket in ready:
-                    return wire.decode_from_engine(self._socket.recv())
-                if left == 0.0:
+                if self._socket.fileno() in ready:
+                    self._exchange()
+                elif left == 0.0:
                     break
         return None
 
-    def _flush(self) -> None:
-        while not self._pending.empty():
-            self._socket.send(self._pending.get_nowait())
+    def _exchange(self) -> None:
+        """Send what waits, read what came."""
+        with self._sending, contextlib.suppress(OSError):
+            self._backlog.flush()
+        try:
+            data = self._socket.recv(READ_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        self._frames.feed(data)
+        self._ended = not data
 
     def alive(self) -> bool:
-        return not self._closed and (self.process is None or self.process.poll() is None)
+        return not self._closed and not self._ended and (self.process is None or self.process.poll() is None)
 
     def last_words(self) -> PagodaError | None:
         if self._folder is None or not (self._folder / LAST_WORDS).exists():
@@ -142,9 +164,7 @@ class SocketTransport:
     def close(self) -> None:
         if self._closed:
             return
-        if self.process is None:
-            self.send(wire.Leave())
-        else:
+        if self.process is not None:
             self.process.terminate()
             try:
                 self.process.wait(timeout=30)
@@ -153,31 +173,41 @@ class SocketTransport:
                 self.process.wait()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
-        self._wake()
-        with self._waking:
+        with self._sending:
             self._closed = True
+            self._wake()
         with self._receiving:
-            self._flush()
-            self._socket.close(linger=200)
-            self._context.term()
+            self._backlog.linger(0.2)
+            self._socket.close()  # which tells the engine that we left
             os.close(self._wake_read)
             os.close(self._wake_write)
+
+
+def listen_at(address: str) -> socket.socket:
+    """A Unix socket at a path, open for as many clients as the system lets wait."""
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(address)
+    listener.listen(socket.SOMAXCONN)
+    return listener
 
 
 def spawn_engine(model: str | Path, config: EngineConfig, for_grammars: bool = False) -> SocketTransport:
     """Start an engine process on a private socket (a folder of mode 0700) and connect to it. `for_grammars`: it will
     serve many, so the first grammar must delay no stream."""
     folder = Path(tempfile.mkdtemp(prefix="pagoda-"))
-    address = f"ipc://{folder}/engine"
+    address = str(folder / "engine")
+    listener = listen_at(address)  # here, so that whoever knows the address can connect; open in the engine alone
     job = {
         "model": str(model),
         "config": vars(config),
-        "address": address,
+        "listener": listener.fileno(),
         "for_grammars": for_grammars,
         "parent": os.getpid(),
         "last_words": str(folder / LAST_WORDS),
     }
-    process = subprocess.Popen([sys.executable, "-m", "pagoda.engine.process"], stdin=subprocess.PIPE)
+    with listener:
+        command = [sys.executable, "-m", "pagoda.engine.process"]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=[listener.fileno()])
     assert process.stdin is not None
     process.stdin.write(json.dumps(job).encode())
     process.stdin.close()

@@ -1,4 +1,4 @@
-"""Messages between clients and an engine: typed msgpack, the same inline and over ZeroMQ."""
+"""Messages between clients and an engine: typed msgpack, the same inline and over a socket."""
 
 from typing import Any
 

@@ -13,6 +13,7 @@ import threading
 from typing import Any
 
 import uvicorn
+import uvloop
 
 from pagoda.config import ServeConfig
 from pagoda.errors import ConfigError
@@ -94,7 +95,7 @@ def main() -> None:
     gc.collect()
     gc.freeze()  # full collections leave out what lives as long as the process: the modules
     threading.Thread(target=follow, args=(backend, sys.stdin), daemon=True).start()
-    asyncio.run(serve(server, socket.socket(fileno=job["fd"]), job["beats"]))
+    uvloop.run(serve(server, socket.socket(fileno=job["fd"]), job["beats"]))
 
 
 if __name__ == "__main__":
