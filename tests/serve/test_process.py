@@ -294,7 +294,8 @@ async def storm(url: str, seconds: float, kill: int = 0, sizes: dict[int, list[i
     async def client(http: httpx.AsyncClient, rnd: random.Random) -> None:
         while time.monotonic() < until:
             leaves_at = rnd.randint(1, 40) if rnd.random() < 0.33 else 10**6
-            body = {"prompt": f"{rnd.random()}", "max_tokens": rnd.randint(1, 60), "ignore_eos": True, "stream": True}
+            tokens = 400 if kill else rnd.randint(1, 60)  # long enough to be open when the engine dies
+            body = {"prompt": f"{rnd.random()}", "max_tokens": tokens, "ignore_eos": True, "stream": True}
             async with http.stream("POST", "/v1/completions", json=body) as answer:
                 if answer.status_code == 503:
                     ends["refused"] += 1
