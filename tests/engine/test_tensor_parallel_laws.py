@@ -96,8 +96,9 @@ def test_a_workspace_of_two_ranks_in_four_bits(tiny_llama: Path, prompts: list[l
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("tp", [2, 3])
-@pytest.mark.parametrize("family", ["llama_biases", "llama_tied", "mistral_window", "qwen2", "qwen3", "phi3", "gemma2",
-                                    "internlm3", "internlm", "internlm2", "baichuan", "qwen1"])  # fmt: skip
+@pytest.mark.parametrize("family", ["llama", "llama_biases", "llama_tied", "mistral_window", "qwen2", "qwen2_window",
+                                    "qwen3", "phi3", "gemma2", "internlm3", "internlm", "internlm2", "baichuan",
+                                    "baichuan2", "qwen1"])  # fmt: skip
 def test_every_family(
     family: str, tp: int, prompts: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
