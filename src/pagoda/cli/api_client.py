@@ -14,7 +14,7 @@ def talk(url: str, api_key: str | None, session_id: int | None) -> int:
     try:
         from pagoda.serve.client import Client
     except ModuleNotFoundError as error:
-        raise MissingExtraError(f"The client needs {error.name}: install pagoda-llm[serve].") from None
+        raise MissingExtraError(f"The client needs {error.name}: run `pip install 'pagoda-llm[serve]'`.") from None
     key = api_key or os.environ.get("PAGODA_API_KEY")
     client = Client(url, key, on_wait=lambda why: print(why, file=sys.stderr))
     session = secrets.randbelow(2**31) if session_id is None else session_id

@@ -11,9 +11,9 @@ from pagoda.cli.flags import Parser, add_config_flags, config_from
 from pagoda.cli.progress import progress_bar
 from pagoda.cli.terminal import inputs, printable
 from pagoda.config import EngineConfig, GenerationConfig
-from pagoda.errors import UsageError
+from pagoda.errors import CheckpointError, UsageError
 from pagoda.models.find import resolve_model, text_folder
-from pagoda.models.workspace import remembered_template
+from pagoda.models.workspace import is_workspace, remembered_template
 from pagoda.text.template import require_name, require_source
 
 
@@ -109,6 +109,8 @@ def talk_to(model: Model, gen: GenerationConfig, system: str | None) -> Speed:
 def check_template(model: str, name: str | None) -> None:
     """Say that the template is unknown or missing before the weights are loaded."""
     folder = resolve_model(model)
+    if not is_workspace(folder) and not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder}/config.json does not exist: give the folder of a Hugging Face checkpoint.")
     name = name or remembered_template(folder)
     if name is None:
         require_source(text_folder(folder))
@@ -140,6 +142,8 @@ def guess_report(model: Model) -> str:
 def run(args: argparse.Namespace) -> int:
     gen = config_from(args, GenerationConfig)
     model = open_model(args)
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        print(f"{args.model}: `exit` leaves, `end` starts a new conversation, Ctrl-C stops a reply.")
     try:
         speed = talk_to(model, gen, args.meta_instruction)
         guessed = guess_report(model) if config_from(args, EngineConfig).speculative_ngram else ""

@@ -13,8 +13,9 @@ from pagoda.errors import UsageError
 BOOLEANS = ("true", "false", "1", "0", "yes", "no", "on", "off")
 BOOL: dict[str, Any] = {"metavar": "BOOL", "type": parse_bool}
 """Arguments of a flag that is True or False; the bare flag is True (`Parser.spelled`)."""
-ALIASES = {"max_batch_size": ("instance_num",), "random_seed": ("seed",), "max_new_tokens": ("request_output_len",)}
-"""Older names of fields, as flags."""
+ALIASES = {"max_batch_size": ("instance_num",), "random_seed": ("seed",), "max_new_tokens": ("request_output_len",),
+           "server_name": ("host",), "server_port": ("port",)}  # fmt: skip
+"""Other names of fields, as flags: those of the old system, and those that users of others type."""
 
 C = TypeVar("C", bound=Checked)
 

@@ -81,7 +81,11 @@ def run(args: argparse.Namespace) -> int:
     calibration = Calibration(args.calib_dataset, args.calib_samples, args.calib_seqlen, args.device)
     source, folder = Source(args.model, calibration), Path(args.work_dir)
     settings = {"dataset": calibration.source, "samples": calibration.samples, "length": calibration.length}
-    produced = quantize_model(source, folder, recipe, settings, step_printer("quantizing"))
+    try:
+        produced = quantize_model(source, folder, recipe, settings, step_printer("quantizing"))
+    except KeyboardInterrupt:
+        print("\nStopped: the same command goes on from here.", file=sys.stderr)
+        raise
     print(f"{folder} is ready after {produced.seconds:.0f} s: `pagoda chat {folder}`.")
     if args.report:
         asked = args.questions if args.questions is not None else 300 if args.model == "mini" else 0

@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
         from pagoda.serve.logs import setup_json_logging
         from pagoda.serve.supervisor import Supervisor
     except ModuleNotFoundError as error:
-        raise MissingExtraError(f"Serving needs {error.name}: install pagoda-llm[serve].") from None
+        raise MissingExtraError(f"Serving needs {error.name}: run `pip install 'pagoda-llm[serve]'`.") from None
     serve = serve_config(args)
     if serve.replicas:
         from pagoda.engine.ray_ranks import connect_ray

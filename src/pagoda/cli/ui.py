@@ -74,7 +74,7 @@ def show(args: argparse.Namespace) -> int:
         from pagoda.serve.client import Client
         from pagoda.serve.ui import launch
     except ModuleNotFoundError as error:
-        raise MissingExtraError(f"The page needs {error.name}: install pagoda-llm[ui].") from None
+        raise MissingExtraError(f"The page needs {error.name}: run `pip install 'pagoda-llm[ui]'`.") from None
     config = config_from(args, ServeConfig)
     port: Any = getattr(args, "server_port", DEFAULT_PORT)
     given = args.model or ""

@@ -37,7 +37,7 @@ def connect_ray() -> Any:
     try:
         import ray
     except ImportError:
-        raise MissingExtraError("Ray is not installed: install pagoda-llm[ray].") from None
+        raise MissingExtraError("Ray is not installed: run `pip install 'pagoda-llm[ray]'`.") from None
     if not ray.is_initialized():
         quiet = {"log_to_driver": True, "logging_level": "WARNING", "configure_logging": False}
         try:

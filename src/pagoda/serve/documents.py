@@ -88,7 +88,9 @@ async def docs_asset(kind: str) -> Response:
     try:
         from swagger_ui_bundle import swagger_ui_path
     except ImportError:
-        raise MissingExtraError("The page needs the package swagger-ui-bundle: install pagoda-llm[serve].") from None
+        raise MissingExtraError(
+            "The page needs the package swagger-ui-bundle: run `pip install 'pagoda-llm[serve]'`."
+        ) from None
     name = {"js": "swagger-ui-bundle.js", "css": "swagger-ui.css"}.get(kind)
     if name is None:
         return Response(status_code=404)
