@@ -155,7 +155,9 @@ class Served:
             time.sleep(0.01)
             for i, (end, at) in enumerate(zip(ends, times, strict=True)):
                 with contextlib.suppress(BlockingIOError):
-                    data = rest[i] + end.recv(1 << 16)
+                    came = end.recv(1 << 16)
+                    assert came or len(at) > tokens, f"the server broke off: {rest[i]!r}"
+                    data = rest[i] + came
                     counts = re.findall(rb'"completion_tokens":(\d+),', data)
                     at += [time.perf_counter()] * (int(counts[-1]) - len(at) if counts else 0)
                     rest[i] = data[-50:]  # a count may be cut
